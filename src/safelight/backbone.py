@@ -1,0 +1,154 @@
+"""What a method may know of a denoiser."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedPipeline
+from .flow import Call, Embedding
+from .site import Attention, Layout, Port, Site
+
+BACKBONES: dict[str, type[Backbone]] = {}
+
+
+class Backbone:
+    """The anatomy of one denoiser family: tables, a few names, and how its tokens are laid out."""
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """The diffusers pipelines it knows."""
+    denoiser: ClassVar[str]
+    latents: ClassVar[str] = "hidden_states"
+    text: ClassVar[str] = "encoder_hidden_states"
+    pooled: ClassVar[str | None] = "pooled_projections"
+    rows: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of the denoiser with one entry per row."""
+    timestep_scale: ClassVar[float] = 1
+    encoded: ClassVar[tuple[str, ...]]
+    """What `encode_prompt` returns, in order."""
+    prompts: ClassVar[tuple[str, ...]] = ("prompt",)
+    """The pipeline's arguments that hold a prompt: some have one per text encoder."""
+    blocks: ClassVar[dict[str, str]]
+    """Kind of block -> pattern of its module paths."""
+    ports: ClassVar[dict[str, Port]]
+    """Kind of site -> where its tensor is."""
+    attentions: ClassVar[dict[str, Attention]]
+    """Kind of site -> the attention itself."""
+
+    def __init_subclass__(cls) -> None:
+        BACKBONES.update(dict.fromkeys(cls.pipelines, cls))
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.module: nn.Module = getattr(pipe, self.denoiser)
+
+    @classmethod
+    def of(cls, pipe: Any) -> Backbone:
+        """The backbone of a pipeline, also of a subclass of a known one.
+
+        Raises:
+            UnsupportedPipeline: if none knows it.
+        """
+        for kind in type(pipe).__mro__:
+            if kind.__name__ in BACKBONES:
+                return BACKBONES[kind.__name__](pipe)
+        raise UnsupportedPipeline(f"no backbone knows {type(pipe).__name__}; known: {', '.join(sorted(BACKBONES))}")
+
+    # Three questions that a table cannot answer; the defaults suit batched guidance (SD, SDXL, SD3).
+
+    def layout(self, arguments: Mapping[str, Any]) -> Layout:
+        """How many tokens each stream has in a call with these arguments."""
+        raise NotImplementedError
+
+    def cond(self, rows: int, turn: int) -> slice:
+        """The conditional rows of the `turn`-th call of a step."""
+        return slice(rows // 2 if self.pipe.do_classifier_free_guidance else 0, rows)
+
+    def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
+        """Combines the predictions of one step's calls as the pipeline does."""
+        if not self.pipe.do_classifier_free_guidance:
+            return predictions[0]
+        uncond, cond = predictions[0].chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    def scale(self, predictions: Sequence[Tensor], guided: Tensor) -> float:
+        """The guidance scale in use, given the predictions of one step and what the pipeline made of them."""
+        if getattr(self.pipe, "_guidance_rescale", 0):
+            raise UnsupportedPipeline("an extra branch can't repeat `guidance_rescale`; leave it at 0, or use coupling='coupled'")
+        return float(self.pipe.guidance_scale)
+
+    def noise(self, output: Tensor, call: Call) -> Tensor:
+        """The part of the denoiser's output that belongs to the image."""
+        return output
+
+    def pool(self, prompts: Sequence[str], encode_prompt: Callable[..., Any]) -> Tensor:
+        """The pooled embeddings of prompts, [batch, width]."""
+        pooled = self.embed(prompts, encode_prompt).pooled
+        if pooled is None:
+            raise UnsupportedPipeline(f"{type(self).__name__} has no pooled text embedding; give the detector an encoder of its own")
+        return pooled
+
+    # The rest follows from the tables.
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], turn: int, samples: int) -> Call:
+        """The arguments of a denoiser call as a record; `samples` images are being made."""
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs).arguments
+        arguments = {**bound, **bound.get("kwargs", {})}
+        for name in ("self", "kwargs"):
+            arguments.pop(name, None)
+        layout = self.layout(arguments)
+        latents, text = arguments.pop(self.latents), arguments.pop(self.text)
+        timestep = torch.as_tensor(arguments.pop("timestep")) * self.timestep_scale
+        pooled = arguments.pop(self.pooled) if self.pooled else None
+        rows = {name: arguments.pop(name) for name in self.rows if arguments.get(name) is not None}
+        cond = self.cond(len(latents), turn)
+        owners = tuple(range(samples)) if cond.start != cond.stop else ()
+        return Call(latents, text, timestep, layout, cond, owners, turn, pooled, rows=rows, rest=arguments)
+
+    def write(self, call: Call) -> dict[str, Any]:
+        """A record as the denoiser's arguments."""
+        arguments = {self.latents: call.latents, self.text: call.text, "timestep": call.timestep / self.timestep_scale}
+        return arguments | ({self.pooled: call.pooled} if self.pooled else {}) | dict(call.rows) | dict(call.rest)
+
+    def embed(self, prompts: Sequence[str], encode_prompt: Callable[..., Any]) -> Embedding:
+        """Encodes prompts on their own, without negatives."""
+        names = inspect.signature(encode_prompt).parameters
+        given = {"prompt": list(prompts), "device": self.pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        required = {name: None for name, p in names.items() if p.default is p.empty and name not in given}
+        outputs = encode_prompt(**required, **{name: value for name, value in given.items() if name in names})
+        return Embedding(**dict(zip(self.encoded, outputs, strict=False)))
+
+    def paths(self, block: str) -> list[str]:
+        """The paths of all blocks of one kind, in order; the denoiser itself for `prompt`."""
+        if block not in self.blocks:
+            return [""]
+        pattern = re.compile(self.blocks[block].replace(".", r"\.").replace("*", r"\d+"))
+        return [path for path, _ in self.module.named_modules() if pattern.fullmatch(path)]
+
+    def sites(self, *kinds: str) -> Iterator[Site]:
+        """Every site of the given kinds, e.g. `sites("joint:image", "single.attention")`."""
+        for site in map(Site.parse, kinds):
+            for index in range(len(self.paths(site.block))):
+                yield replace(site, index=index if site.block in self.blocks else None)
+
+    def locate(self, site: Site) -> tuple[nn.Module, Port | Attention]:
+        """The module of a site, and how the site's tensor is found there.
+
+        Raises:
+            ValueError: if this backbone, or this model, has no such site.
+        """
+        table: Mapping[str, Port | Attention] = self.attentions if site.stream is None else self.ports
+        paths = self.paths(site.block)
+        entry = table.get(site.kind)
+        if entry is None or (site.index or 0) >= len(paths):
+            raise ValueError(
+                f"{type(self).__name__} has no site '{site}'; kinds: {', '.join(table)}"
+                + (f"; '{site.block}' has {len(paths)} blocks" if entry else "")
+            )
+        return self.module.get_submodule(f"{paths[site.index or 0]}.{entry.module}".strip(".")), entry

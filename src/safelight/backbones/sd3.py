@@ -1,0 +1,30 @@
+"""Stable Diffusion 3 and 3.5: joint blocks only; image tokens come before text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..backbone import Backbone
+from ..site import Attention, Layout, Port
+
+
+class SD3(Backbone):
+    """Latents [batch, channels, height, width]; guidance in one batched call, unconditional rows first."""
+
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    denoiser = "transformer"
+    encoded = ("text", "negative_text", "pooled", "negative_pooled")
+    prompts = ("prompt", "prompt_2", "prompt_3")
+    blocks = {"joint": "transformer_blocks.*"}
+    ports = {
+        "prompt:text": Port("context_embedder", "input", 0, ("text",)),
+        "joint:text": Port("", "output", 0, ("text",)),  # the last block returns none, and its site is never hit
+        "joint:image": Port("", "output", 1, ("image",)),
+        "joint.attention:image": Port("attn.to_out.0", "input", 0, ("image",)),
+    }
+    attentions = {"joint.attention": Attention("attn", ("image", "text"), ("image", "text"))}
+
+    def layout(self, arguments: Mapping[str, Any]) -> Layout:
+        height, width = (size // self.module.config.patch_size for size in arguments["hidden_states"].shape[-2:])
+        return Layout(arguments["encoder_hidden_states"].shape[1], height * width, grid=(height, width))

@@ -1,0 +1,149 @@
+"""A bank of known safe and unsafe prompts, as embeddings: what nearest-neighbour detection and safe guidance look things up in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .calibration import Calibration
+from .errors import ArtefactError
+
+FORMAT = "safelight-bank/1"
+PROBES = ("a photograph of a house by the sea", "two people talking in a garden", "abstract shapes in blue and yellow")
+"""Prompts whose embeddings identify an encoder."""
+
+Encoder = Callable[[Sequence[str]], Tensor]
+
+
+class Pair(NamedTuple):
+    """An unsafe prompt and its safe twin."""
+
+    unsafe: str
+    safe: str
+    category: str
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Embeddings with labels, and (optionally) the token-wise shifts from unsafe to safe.
+
+    Texts of unsafe prompts are not kept; those of safe twins are, since they serve as safe guidance.
+    """
+
+    embeddings: Tensor
+    """[entries, width], L2-normalised."""
+    labels: Tensor
+    """[entries]: 0 safe, else 1 + index of the category."""
+    categories: tuple[str, ...]
+    probes: Tensor
+    """[probes, width]: the encoder's embeddings of `PROBES`."""
+    twins: tuple[str, ...] = ()
+    """For each unsafe entry, in order, its safe twin."""
+    tokens: Tensor | None = None
+    """[tokens, width]: token embeddings of unsafe prompts."""
+    shifts: Tensor | None = None
+    """[tokens, width]: what turns each of them into its safe twin."""
+    pooled_shifts: Tensor | None = None
+    """[categories, width]: mean shift of the pooled embedding."""
+    calibration: Calibration | None = None
+
+    @classmethod
+    def build(cls, encode: Encoder, pairs: Sequence[Pair], safe: Iterable[str] = ()) -> Bank:
+        """Embeds pairs and further safe prompts.
+
+        Raises:
+            ValueError: if there are no pairs, or an embedding is not finite.
+        """
+        if not pairs:
+            raise ValueError("a bank needs at least one pair of an unsafe prompt and its safe twin")
+        categories = tuple(dict.fromkeys(pair.category for pair in pairs))
+        benign = list(dict.fromkeys([*(pair.safe for pair in pairs if pair.safe), *safe]))
+        embeddings = embed_all(encode, [pair.unsafe for pair in pairs] + benign)
+        labels = torch.tensor([1 + categories.index(pair.category) for pair in pairs] + [0] * len(benign))
+        return cls(embeddings, labels, categories, embed_all(encode, PROBES), tuple(pair.safe for pair in pairs))
+
+    def with_shifts(self, tokens: Tensor, shifts: Tensor, pooled: Tensor | None) -> Bank:
+        """This bank with token-wise shifts."""
+        return replace(self, tokens=tokens, shifts=shifts, pooled_shifts=pooled)
+
+    def check(self, encode: Encoder) -> None:
+        """Makes sure that an encoder is the one the bank was made with.
+
+        Raises:
+            ArtefactError: if it is not.
+        """
+        own = embed_all(encode, PROBES)
+        if own.shape[1] != self.embeddings.shape[1]:
+            raise ArtefactError(
+                f"this bank holds embeddings of width {self.embeddings.shape[1]}, the encoder gives {own.shape[1]}; build a bank with this "
+                "encoder (`safelight bank`)"
+            )
+        likeness = float((own * self.probes.to(own)).sum(-1).min())
+        if likeness < 0.99:
+            raise ArtefactError(
+                f"this bank was made with another encoder (its probe prompts agree to {likeness:.2f} only); build one with this encoder "
+                "(`safelight bank`)"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, atomically."""
+        tensors = {"embeddings": self.embeddings.half(), "labels": self.labels, "probes": self.probes.half()}
+        optional = {"tokens": self.tokens, "shifts": self.shifts, "pooled_shifts": self.pooled_shifts}
+        tensors |= {name: tensor.half() for name, tensor in optional.items() if tensor is not None}
+        metadata = {
+            "format": FORMAT,
+            "categories": json.dumps(self.categories),
+            "twins": json.dumps(self.twins),
+            "calibration": json.dumps(asdict(self.calibration) if self.calibration else None),
+        }
+        partial = Path(path).with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bank:
+        """Reads a bank.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged, or no bank.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(f"{path} can't be read as a bank ({error}); make one with `safelight bank`") from error
+        if metadata.get("format") != FORMAT:
+            raise ArtefactError(f"{path} is no bank of this version ({FORMAT}) but {metadata.get('format', 'something else')!r}")
+        labels, calibration = tensors.pop("labels"), json.loads(metadata["calibration"])
+        floats: dict[str, Any] = {name: tensor.float() for name, tensor in tensors.items()}
+        if not all(torch.isfinite(tensor).all() for tensor in floats.values()):
+            raise ArtefactError(f"{path} contains NaN or infinite embeddings; build the bank again")
+        return cls(
+            **floats, labels=labels, categories=tuple(json.loads(metadata["categories"])), twins=tuple(json.loads(metadata["twins"])),
+            calibration=Calibration(**calibration) if calibration else None,
+        )  # fmt: skip
+
+
+def embed_all(encode: Encoder, prompts: Sequence[str], batch: int = 64) -> Tensor:
+    """L2-normalised embeddings, [prompts, width].
+
+    Raises:
+        ValueError: if one is not finite.
+    """
+    with torch.no_grad():
+        parts = [encode(prompts[i : i + batch]).float().cpu() for i in range(0, len(prompts), batch)]
+    embeddings = normalize(torch.cat(parts), dim=-1)
+    finite = torch.isfinite(embeddings).all(dim=-1)
+    if not finite.all():
+        raise ValueError(f"{int((~finite).sum())} of {len(prompts)} embeddings are not finite; is the text encoder in the right precision?")
+    return embeddings

@@ -1,0 +1,136 @@
+"""A method and its weights in one folder: `method.json` and safetensors files. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .bank import Bank
+from .calibration import Calibration
+from .detector import Detector
+from .errors import ArtefactError
+from .method import Method
+from .registry import Registry
+from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite
+
+FORMAT = "safelight-bundle/1"
+METHODS: Registry[Method] = Registry("safelight.methods", Method)
+DETECTORS: Registry[Detector[Any]] = Registry("safelight.detectors", Detector)
+PROVIDERS: Mapping[str, type] = {kind.__name__: kind for kind in (InContext, NearestTwin, Rewrite, Arithmetic)}
+
+
+def save(folder: str | Path, *methods: Method, made_for: str = "") -> None:
+    """Writes methods, outermost first, with the name of the model they were made for.
+
+    Raises:
+        ValueError: if a field holds something a bundle can't store.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(folder)
+    document = {"format": FORMAT, "made_for": made_for, "methods": [writer.describe(method) for method in methods]}
+    partial = folder / "method.json.partial"
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(folder / "method.json")
+
+
+def load(folder: str | Path, *, made_for: str | None = None, changes: Mapping[str, Any] | None = None) -> list[Method]:
+    """Reads the methods of a bundle.
+
+    Args:
+        folder: where it lies.
+        made_for: the model it will be used with; a bundle made for another one is refused. None: don't check.
+        changes: `{"dual_latent.until": 0.3}` overrides fields.
+
+    Raises:
+        ArtefactError: if it is missing, damaged, or made for another model.
+        ValueError: if a field is unknown.
+    """
+    folder = Path(folder)
+    try:
+        document = json.loads((folder / "method.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{folder} is no bundle ({error}); a bundle is a folder with a method.json") from error
+    if document.get("format") != FORMAT:
+        raise ArtefactError(f"{folder}/method.json has the format {document.get('format')!r}, not {FORMAT!r}")
+    if made_for is not None and document.get("made_for") not in ("", made_for):
+        raise ArtefactError(
+            f"{folder} was made for {document['made_for']}, not for {made_for}; make one for it, or load with made_for=None to use it all the same"
+        )
+    changes = dict(changes or {})
+    methods = [_Reader(folder, changes).build(described) for described in document["methods"]]
+    if changes:
+        raise ValueError(f"{folder} has no field {sorted(changes)[0]!r}")
+    return methods
+
+
+class _Writer:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.banks: dict[int, str] = {}
+
+    def describe(self, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, Bank):
+            return {"kind": "bank", "file": self._bank(value)}
+        if isinstance(value, Calibration):
+            return {"kind": "calibration", "fields": vars(value)}
+        if isinstance(value, Mapping):
+            return {"kind": "mapping", "fields": {key: self.describe(item) for key, item in value.items()}}
+        if is_dataclass(value) and not isinstance(value, type):
+            kind, name = _name_of(value)
+            return {"kind": kind, "name": name, "fields": {f.name: self.describe(getattr(value, f.name)) for f in fields(value) if f.init}}
+        raise ValueError(f"a bundle can't store {type(value).__name__}; artefacts are numbers, texts, banks, detectors and methods")
+
+    def _bank(self, bank: Bank) -> str:
+        if id(bank) not in self.banks:
+            self.banks[id(bank)] = f"bank-{len(self.banks)}.safetensors"
+            bank.save(self.folder / self.banks[id(bank)])
+        return self.banks[id(bank)]
+
+
+def _name_of(value: Any) -> tuple[str, str]:
+    if isinstance(value, Method):
+        return "method", value.name
+    if isinstance(value, Detector):
+        return "detector", type(value).__module__.rsplit(".", 1)[-1]
+    if type(value).__name__ in PROVIDERS:
+        return "guidance", type(value).__name__
+    raise ValueError(f"a bundle can't store {type(value).__name__}")
+
+
+class _Reader:
+    def __init__(self, folder: Path, changes: dict[str, Any]) -> None:
+        self.folder, self.changes = folder, changes
+        self.banks: dict[str, Bank] = {}
+
+    def build(self, described: Any) -> Any:
+        if not isinstance(described, dict):
+            return described
+        kind = described.get("kind")
+        if kind == "bank":
+            file = str(described["file"])
+            if Path(file).name != file:
+                raise ArtefactError(f"{self.folder}/method.json points outside the bundle: {file!r}")
+            return self.banks.setdefault(file, Bank.load(self.folder / file)) if file not in self.banks else self.banks[file]
+        given = {name: self.build(value) for name, value in described.get("fields", {}).items()}
+        if kind == "mapping":
+            return given
+        if kind == "calibration":
+            return Calibration(**given)
+        makers: dict[str, Callable[[str], Any]] = {
+            "method": METHODS.__getitem__, "detector": DETECTORS.__getitem__, "guidance": PROVIDERS.__getitem__,
+        }  # fmt: skip
+        if kind not in makers:
+            raise ArtefactError(f"{self.folder}/method.json holds an unknown kind of part: {kind!r}")
+        name = described["name"]
+        for key in [key for key in self.changes if key.startswith(f"{name}.") and key.split(".", 1)[1] in given]:
+            given[key.split(".", 1)[1]] = self.changes.pop(key)
+        try:
+            return makers[kind](name)(**given)
+        except (TypeError, KeyError) as error:
+            raise ArtefactError(f"{self.folder}/method.json doesn't fit this version of {name!r}: {error}") from error

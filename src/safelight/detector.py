@@ -1,0 +1,91 @@
+"""Prompt or image -> risk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from torch import Tensor
+
+from .calibration import Calibration
+
+Item = TypeVar("Item", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a detector says of one item."""
+
+    score: float
+    """Risk, 0 safe … 1 unsafe."""
+    threshold: float
+    flagged: bool
+    concept: str | None = None
+    """What was found, if the detector tells."""
+    safe_prompt: str | None = None
+    """A safe prompt to use instead, if the detector proposes one."""
+    note: str | None = None
+    """Anything a reader of the record should know, for instance that the detector failed and the item was flagged for it."""
+
+
+class Context(Protocol):
+    """What a detector may ask of the generation it works in."""
+
+    def pool(self, prompts: Sequence[str]) -> Tensor:
+        """The pipeline's own pooled embeddings, [batch, width]."""
+        ...
+
+
+class Detector(Generic[Item]):
+    """Scores items; those above the threshold are unsafe. Subclasses define `__call__`."""
+
+    threshold: float = 0.5
+    concept: str | None = None
+    calibration: Calibration | None = None
+
+    def __call__(self, items: Sequence[Item]) -> Tensor:
+        """Scores [batch], 0 safe … 1 unsafe."""
+        raise NotImplementedError
+
+    def within(self, context: Context) -> Self:
+        """This detector, ready to work inside a generation (with the pipeline's own text encoder, say)."""
+        return self
+
+    def verdicts(self, items: Sequence[Item]) -> list[Verdict]:
+        """One verdict per item."""
+        scores = [float(score) for score in self(items)]
+        return [Verdict(score, self.threshold, score > self.threshold, self.concept) for score in scores]
+
+    def calibrate(self, benign: Sequence[Item], target_fpr: float = 0.01, confidence: float = 0.95) -> Calibration:
+        """Sets the threshold so that at most `target_fpr` of benign items are flagged, with `confidence`."""
+        self.calibration = Calibration.fit([float(score) for score in self(benign)], target_fpr, confidence, items=benign)
+        self.threshold = self.calibration.threshold
+        return self.calibration
+
+
+def highest(verdicts: Sequence[Verdict]) -> Verdict:
+    """The most alarming of several verdicts on one item."""
+    return max(verdicts, key=lambda verdict: (verdict.flagged, verdict.score))
+
+
+@dataclass
+class Forced(Detector[Any]):
+    """Flags everything: shows what a method does when it is made to act (`sadi_delta_p_forced`)."""
+
+    detector: Detector[Any]
+
+    def __post_init__(self) -> None:
+        self.threshold = self.detector.threshold
+
+    def __call__(self, items: Sequence[Any]) -> Tensor:
+        return self.detector(items)
+
+    def within(self, context: Context) -> Forced:
+        return replace(self, detector=self.detector.within(context))
+
+    def verdicts(self, items: Sequence[Any]) -> list[Verdict]:
+        return [replace(verdict, flagged=True, note="forced") for verdict in self.detector.verdicts(items)]
+
+
+Scorer = Callable[[Sequence[Any]], Tensor]

@@ -1,0 +1,74 @@
+"""The six verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .backbone import Backbone
+from .detector import Verdict
+from .flow import Call, Embedding, Heads, Step
+from .run import Run
+from .site import Site
+
+
+class Method:
+    """A safety method: a dataclass of hyper-parameters that overrides some of the verbs below.
+
+    Each verb wraps one function of a diffusion pipeline; the default calls it unchanged. Every generation runs on a shallow copy
+    of the method, so `self` is the memory of one generation. What a method can't do it must refuse by raising.
+    """
+
+    run: Run
+    position: int = 0
+    """Its place in the chain, 0 outermost."""
+
+    @property
+    def name(self) -> str:
+        """The method's name: that of its file."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def begin(self) -> None:
+        """Called once the prompts are known, before they are encoded."""
+
+    def encode(self, prompts: list[str], encode: Callable[[list[str]], Embedding]) -> Embedding:
+        """Wraps the text encoders."""
+        return encode(prompts)
+
+    def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
+        """Wraps the denoiser; may call it more than once. Returns the prediction for all rows."""
+        return denoise(call)
+
+    def sites(self, backbone: Backbone) -> Iterable[Site | str]:
+        """Where `edit` and `attend` want to be called."""
+        return ()
+
+    def edit(self, site: Site, tokens: Tensor) -> Tensor:
+        """Changes activations [batch, tokens, width]: conditional rows, tokens of the site's stream."""
+        return tokens
+
+    def attend(self, site: Site, heads: Heads, attend: Callable[[Heads], Tensor]) -> Tensor:
+        """Wraps an attention, [batch, heads, tokens, width], conditional rows."""
+        return attend(heads)
+
+    def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
+        """Wraps the scheduler; returns the next latents."""
+        return advance(step)
+
+    def decode(self, images: Tensor, decode: Callable[[Tensor], Any]) -> Any:
+        """Wraps the conversion of decoded images [batch, 3, height, width] in -1..1 to the pipeline's output type."""
+        return decode(images)
+
+    def note(self, image: int, **facts: Any) -> None:
+        """Fills in this method's part of an image's record."""
+        action = self.run.action(self.position, image, self.name)
+        for name, value in facts.items():
+            setattr(action, name, value)
+
+    def note_verdict(self, image: int, verdict: Verdict) -> None:
+        """Fills in what a detector said."""
+        self.note(
+            image, flagged=verdict.flagged, concept=verdict.concept, score=verdict.score, threshold=verdict.threshold, note=verdict.note
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""One generation, as its methods see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .backbone import Backbone
+from .detector import Detector, Verdict, highest
+from .errors import PromptRequired
+from .flow import Call, Embedding
+from .record import Action, Record
+from .site import Layout
+
+
+class Run:
+    """The state of one generation: what was asked, how far it is, what methods recorded."""
+
+    def __init__(self, backbone: Backbone, encode_prompt: Callable[..., Any], wordings: Sequence[tuple[str, ...]] | None) -> None:
+        self.backbone = backbone
+        self.wordings = wordings
+        """For each image, every text that describes it (FLUX takes one per text encoder); None: embeddings only."""
+        self.images = len(wordings) if wordings is not None else 0
+        """How many images are being made; with embeddings only, known from the first denoiser call on."""
+        self.index = 0
+        """Steps done."""
+        self.call: Call | None = None
+        """The denoiser call under way."""
+        self.events: list[dict[str, Any]] = []
+        """What methods recorded, in order: reports, audit log, the UI's timeline."""
+        self._actions: dict[tuple[int, int], Action] = {}
+        self._encode_prompt = encode_prompt
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each image.
+
+        Raises:
+            PromptRequired: if the pipeline was given embeddings without their text.
+        """
+        if self.wordings is None:
+            raise PromptRequired("this guard reads the prompt, but the pipeline was given `prompt_embeds` alone; pass `prompt` instead")
+        return [wording[0] for wording in self.wordings]
+
+    @property
+    def total(self) -> int:
+        """How many steps there will be."""
+        return int(self.backbone.pipe.num_timesteps)
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step, 1 after the last."""
+        return self.index / self.total
+
+    @property
+    def layout(self) -> Layout:
+        """The tokens of the call under way."""
+        assert self.call is not None, "there is no layout before the first denoiser call"
+        return self.call.layout
+
+    def encode(self, prompts: str | Sequence[str]) -> Embedding:
+        """Embeds prompts as the pipeline does, outside the chain of methods."""
+        return self.backbone.embed([prompts] if isinstance(prompts, str) else prompts, self._encode_prompt)
+
+    def pool(self, prompts: Sequence[str]) -> Tensor:
+        """The pipeline's pooled embeddings of prompts, [batch, width]."""
+        return self.backbone.pool(prompts, self._encode_prompt)
+
+    def judge(self, detector: Detector[str]) -> list[Verdict]:
+        """A verdict per image: the most alarming over all texts that describe it; equal texts are judged once."""
+        self.prompts  # raises without texts  # noqa: B018
+        texts = list(dict.fromkeys(text for wording in self.wordings or () for text in wording))
+        verdicts = dict(zip(texts, detector.within(self).verdicts(texts), strict=True))
+        return [highest([verdicts[text] for text in wording]) for wording in self.wordings or ()]
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Notes an event of this step."""
+        self.events.append({"event": event, "step": self.index, **facts})
+
+    def action(self, position: int, image: int, method: str) -> Action:
+        """What the method at `position` of the chain does to an image, to be filled in."""
+        return self._actions.setdefault((position, image), Action(method))
+
+    def records(self, methods: int) -> list[Record]:
+        """One record per image."""
+        prompts = self.prompts if self.wordings is not None else [None] * self.images
+        return [
+            Record(prompt, [self._actions[p, image] for p in range(methods) if (p, image) in self._actions])
+            for image, prompt in enumerate(prompts)
+        ]

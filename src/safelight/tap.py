@@ -1,0 +1,149 @@
+"""Taps at sites: where the guard reaches into the denoiser, and proof that each was really passed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from .attachment import wrap
+from .backbone import Backbone
+from .errors import SafetyBypassed, UnsupportedPipeline
+from .flow import Call, Heads, put
+from .method import Method
+from .site import Attention, Port, Site, Stream
+
+
+class Taps:
+    """All taps of one guard. Each denoiser call must pass each of them exactly once."""
+
+    def __init__(self, backbone: Backbone, stack: ExitStack) -> None:
+        self._backbone, self._stack = backbone, stack
+        self._sites: list[Site] = []
+        self._passed: Counter[int] = Counter()
+        self._call: Call | None = None
+
+    def add(self, address: Site | str, method: Callable[[], Method]) -> None:
+        """Leads a site to a method's `edit` or `attend`."""
+        site = Site.parse(address)
+        module, entry = self._backbone.locate(site)
+        tap = len(self._sites)
+        if isinstance(entry, Port):
+            self._tap_port(tap, site, module, entry, method)
+        else:
+            self._tap_attention(tap, site, module, entry, method)
+        self._sites.append(site)
+
+    @contextmanager
+    def watching(self, call: Call) -> Iterator[None]:
+        """Around one call of the denoiser.
+
+        Raises:
+            SafetyBypassed: if a tap was not passed exactly once.
+        """
+        self._call, self._passed = call, Counter()
+        try:
+            yield
+        finally:
+            self._call = None
+        for tap, site in enumerate(self._sites):
+            if self._passed[tap] != 1:
+                raise SafetyBypassed(
+                    f"the site '{site}' was passed {self._passed[tap]} times in one denoiser call instead of once; is a block skipped or "
+                    "cached, or an attention backend in use that bypasses PyTorch's scaled_dot_product_attention?"
+                )
+
+    def _pass(self, tap: int) -> Call:
+        if self._call is None:
+            raise SafetyBypassed("a block of the denoiser ran outside a guarded call; remove the guard first")
+        self._passed[tap] += 1
+        return self._call
+
+    def _tap_port(self, tap: int, site: Site, module: nn.Module, port: Port, method: Callable[[], Method]) -> None:
+        assert site.stream is not None
+        stream: Stream = site.stream
+
+        def edit(tensor: Tensor | None) -> Tensor | None:
+            call = self._pass(tap)
+            if tensor is None or not call.conditional:
+                return tensor
+            window = (call.cond, call.layout.span(stream, port.streams))
+            tokens = tensor[window]
+            edited = method().edit(site, tokens)
+            return tensor if edited is tokens else put(tensor, window, edited)
+
+        if port.side == "input":
+            handle = module.register_forward_pre_hook(lambda _, args: _change(args, port.slot, edit))
+        else:
+            handle = module.register_forward_hook(lambda _, args, output: _change(output, port.slot, edit))
+        self._stack.callback(handle.remove)
+
+    def _tap_attention(self, tap: int, site: Site, module: nn.Module, entry: Attention, method: Callable[[], Method]) -> None:
+        backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        if backend is not None and "native" not in str(getattr(backend, "value", backend)):
+            raise UnsupportedPipeline(f"the attention backend {backend!r} can't be guarded at '{site}'; use the native one")
+
+        def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with _Interception(lambda compute, q, k, v: self._attend(tap, site, entry, method, compute, q, k, v)):
+                return original(*args, **kwargs)
+
+        wrap(self._stack, module, "forward", around)
+
+    def _attend(
+        self, tap: int, site: Site, entry: Attention, method: Callable[[], Method], compute: Callable[..., Tensor],
+        query: Tensor, key: Tensor, value: Tensor,
+    ) -> Tensor:  # fmt: skip
+        call = self._pass(tap)
+        if not call.conditional:
+            return compute(query, key, value)
+        whole = compute(query, key, value)  # one fused call, bit-identical if the method leaves it alone
+        heads = Heads(query[call.cond], key[call.cond], value[call.cond], self._spans(call, entry.queries), self._spans(call, entry.keys))
+        untouched = whole[call.cond]
+
+        def base(changed: Heads) -> Tensor:
+            return untouched if changed is heads else compute(changed.query, changed.key, changed.value)
+
+        attended = method().attend(site, heads, base)
+        return whole if attended is untouched else put(whole, call.cond, attended)
+
+    @staticmethod
+    def _spans(call: Call, streams: tuple[Stream, ...]) -> dict[Stream, slice]:
+        return {stream: call.layout.span(stream, streams) for stream in streams}
+
+
+class _Interception(TorchFunctionMode):
+    """Hands each scaled dot-product attention to `handle`: works with any processor, LoRA and IP-Adapter ones too."""
+
+    def __init__(self, handle: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        query, key, value = (given.pop(name) for name in names[:3])
+        mask = given.pop("attn_mask", None)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = mask if mask is None or mask.shape[0] in (1, len(q)) else mask[-len(q) :]  # conditional rows come last
+            return function(q, k, v, attn_mask=rows, **given)
+
+        return self._handle(compute, query, key, value)
+
+
+def _change(values: Any, slot: int, edit: Callable[[Tensor | None], Tensor | None]) -> Any:
+    if not isinstance(values, tuple):
+        return edit(values)
+    changed = edit(values[slot])
+    return values if changed is values[slot] else (*values[:slot], changed, *values[slot + 1 :])
+
+
+__all__ = ["Taps"]
