@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,12 +16,15 @@ from torch.nn.functional import normalize
 
 from .calibration import Calibration
 from .errors import ArtefactError
+from .metric import discriminant, squared_distances
 
 FORMAT = "safelight-bank/1"
 PROBES = ("a photograph of a house by the sea", "two people talking in a garden", "abstract shapes in blue and yellow")
 """Prompts whose embeddings identify an encoder."""
+REMEDY = "make a new one with `safelight bank`"
 
 Encoder = Callable[[Sequence[str]], Tensor]
+Metric = Literal["cosine", "discriminant"]
 
 
 class Pair(NamedTuple):
@@ -55,21 +58,42 @@ class Bank:
     pooled_shifts: Tensor | None = None
     """[categories, width]: mean shift of the pooled embedding."""
     calibration: Calibration | None = None
+    projection: Tensor | None = None
+    """[width, dims]: distances are taken after this projection; None: between the embeddings themselves."""
 
     @classmethod
-    def build(cls, encode: Encoder, pairs: Sequence[Pair], safe: Iterable[str] = ()) -> Bank:
+    def build(
+        cls, encode: Encoder, pairs: Sequence[Pair], safe: Iterable[str] = (), *, metric: Metric = "cosine", shrinkage: float | None = None
+    ) -> Bank:
         """Embeds pairs and further safe prompts.
 
+        Args:
+            encode: the text encoder.
+            pairs: unsafe prompts with their safe twins; a twin may be empty.
+            safe: further safe prompts.
+            metric: "cosine", or "discriminant" for distances that follow what separates safe prompts and categories.
+            shrinkage: see `safelight.metric.discriminant`.
+
         Raises:
-            ValueError: if there are no pairs, or an embedding is not finite.
+            ValueError: if there are no pairs, an embedding is not finite, or the metric is unknown or can't be learned from these prompts.
         """
+        if metric not in get_args(Metric):
+            raise ValueError(f"there is no metric {metric!r}; there are {' and '.join(get_args(Metric))}")
         if not pairs:
             raise ValueError("a bank needs at least one pair of an unsafe prompt and its safe twin")
         categories = tuple(dict.fromkeys(pair.category for pair in pairs))
         benign = list(dict.fromkeys([*(pair.safe for pair in pairs if pair.safe), *safe]))
         embeddings = embed_all(encode, [pair.unsafe for pair in pairs] + benign)
         labels = torch.tensor([1 + categories.index(pair.category) for pair in pairs] + [0] * len(benign))
-        return cls(embeddings, labels, categories, embed_all(encode, PROBES), tuple(pair.safe for pair in pairs))
+        projection = discriminant(embeddings, labels, shrinkage) if metric == "discriminant" else None
+        twins = tuple(pair.safe for pair in pairs)
+        return cls(embeddings, labels, categories, embed_all(encode, PROBES), twins, projection=projection)
+
+    def distances(self, embeddings: Tensor) -> Tensor:
+        """Squared distances [batch, entries] of L2-normalised embeddings [batch, width]; with cosine, twice 1 - likeness."""
+        if self.projection is None:
+            return squared_distances(embeddings, self.embeddings)
+        return squared_distances(embeddings @ self.projection, self.embeddings @ self.projection)
 
     def with_shifts(self, tokens: Tensor, shifts: Tensor, pooled: Tensor | None) -> Bank:
         """This bank with token-wise shifts."""
@@ -99,13 +123,15 @@ class Bank:
         tensors = {"embeddings": self.embeddings.half(), "labels": self.labels, "probes": self.probes.half()}
         optional = {"tokens": self.tokens, "shifts": self.shifts, "pooled_shifts": self.pooled_shifts}
         tensors |= {name: tensor.half() for name, tensor in optional.items() if tensor is not None}
+        if self.projection is not None:
+            tensors["projection"] = self.projection  # whitening spans many orders of magnitude: too many for half precision
         metadata = {
             "format": FORMAT,
             "categories": json.dumps(self.categories),
             "twins": json.dumps(self.twins),
             "calibration": json.dumps(asdict(self.calibration) if self.calibration else None),
         }
-        partial = Path(path).with_suffix(".partial")
+        partial = Path(path).with_name(f"{Path(path).name}.partial")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
         partial.replace(path)
 
@@ -121,17 +147,37 @@ class Bank:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
         except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as a bank ({error}); make one with `safelight bank`") from error
+            raise ArtefactError(f"{path} can't be read as a bank ({error}); {REMEDY}") from error
         if metadata.get("format") != FORMAT:
-            raise ArtefactError(f"{path} is no bank of this version ({FORMAT}) but {metadata.get('format', 'something else')!r}")
-        labels, calibration = tensors.pop("labels"), json.loads(metadata["calibration"])
-        floats: dict[str, Any] = {name: tensor.float() for name, tensor in tensors.items()}
-        if not all(torch.isfinite(tensor).all() for tensor in floats.values()):
-            raise ArtefactError(f"{path} contains NaN or infinite embeddings; build the bank again")
-        return cls(
-            **floats, labels=labels, categories=tuple(json.loads(metadata["categories"])), twins=tuple(json.loads(metadata["twins"])),
-            calibration=Calibration(**calibration) if calibration else None,
-        )  # fmt: skip
+            raise ArtefactError(f"{path} is no bank of this version ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}")
+        try:
+            calibration = json.loads(metadata["calibration"])
+            bank = cls(
+                **{name: tensor if name == "labels" else tensor.float() for name, tensor in tensors.items()},
+                categories=tuple(json.loads(metadata["categories"])), twins=tuple(json.loads(metadata["twins"])),
+                calibration=Calibration(**calibration) if calibration else None,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtefactError(f"{path} lacks a part of a bank, or has one too many ({error}); {REMEDY}") from error
+        if flaw := bank._flaw():
+            raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        return bank
+
+    def _flaw(self) -> str | None:
+        """What is wrong with the tensors, if anything."""
+        floats = (self.embeddings, self.probes, self.tokens, self.shifts, self.pooled_shifts, self.projection)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in floats if tensor is not None):
+            return "contains NaN or infinite embeddings"
+        if self.embeddings.ndim != 2 or self.labels.shape != self.embeddings.shape[:1] or len(self.labels) == 0:
+            return "has no label for each embedding"
+        if int(self.labels.min()) < 0 or int(self.labels.max()) > len(self.categories):
+            return "has labels that name no category"
+        width = self.embeddings.shape[1]
+        if self.probes.shape[1:] != (width,) or (self.projection is not None and self.projection.shape[:1] != (width,)):
+            return "mixes embeddings of different widths"
+        if len(self.twins) != int((self.labels > 0).sum()):
+            return "does not have one safe twin for each unsafe prompt"
+        return None
 
 
 def embed_all(encode: Encoder, prompts: Sequence[str], batch: int = 64) -> Tensor:

@@ -20,8 +20,8 @@ class Branch:
     It must run from the first step on, as the scheduler's copy begins there. Rows of other samples follow the main trajectory.
     """
 
-    def __init__(self, run: Run, prompt: Embedding, positions: Sequence[int]) -> None:
-        """`prompt` has one row for each of `positions`, the samples that get a second trajectory."""
+    def __init__(self, run: Run, prompt: Embedding | None, positions: Sequence[int]) -> None:
+        """`prompt` has one row for each of `positions`, the samples that get a second trajectory; None: the call's own text."""
         self.run, self.prompt, self.positions = run, prompt, list(positions)
         self.latents: Tensor | None = None
         self._scheduler: Any = None
@@ -38,17 +38,24 @@ class Branch:
             inputs = self._scheduler.scale_model_input(self.latents, timestep) if hasattr(self._scheduler, "scale_model_input") else self.latents
             inputs = inputs[self.positions]
             own = replace(own, latents=inputs.repeat(len(own.text) // len(inputs), *[1] * (inputs.ndim - 1)).to(own.latents.dtype))
-        self._own.append(denoise(own.with_text(self.prompt.text, self.prompt.pooled) if own.conditional else own))
+        if self.prompt is not None and own.conditional:
+            own = own.with_text(self.prompt.text, self.prompt.pooled)
+        self._own.append(denoise(own))
         self._main.append(noise)
 
     def advance(self, step: Step) -> Tensor:
-        """Moves this branch one step; returns latents shaped as the step's, with other samples' rows untouched."""
+        """Moves this branch one step; returns latents shaped as the step's, where only this branch's samples mean anything.
+
+        Call it before the main trajectory moves: then both see the same noise, whichever generator it comes from.
+        """
         backbone = self.run.backbone
         guided = backbone.guide(self._own, backbone.scale(self._main, step.noise))
         latents = step.latents.clone() if self.latents is None else self.latents
         noise = step.noise.clone()
         noise[self.positions] = guided.to(noise.dtype)
-        moved = self._scheduler.step(noise, step.timestep, latents, **own_randomness(step.rest) | {"return_dict": False})[0]
+        devices = [latents.device] if latents.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            moved = self._scheduler.step(noise, step.timestep, latents, **own_randomness(step.rest) | {"return_dict": False})[0]
         self.latents, self._own, self._main = moved, [], []
         return moved
 

@@ -11,6 +11,7 @@ from typing import Any
 from .bank import Bank
 from .calibration import Calibration
 from .detector import Detector
+from .encoders import SentenceEncoder
 from .errors import ArtefactError
 from .method import Method
 from .registry import Registry
@@ -20,6 +21,7 @@ FORMAT = "safelight-bundle/1"
 METHODS: Registry[Method] = Registry("safelight.methods", Method)
 DETECTORS: Registry[Detector[Any]] = Registry("safelight.detectors", Detector)
 PROVIDERS: Mapping[str, type] = {kind.__name__: kind for kind in (InContext, NearestTwin, Rewrite, Arithmetic)}
+ENCODERS: Mapping[str, type] = {SentenceEncoder.__name__: SentenceEncoder}
 
 
 def save(folder: str | Path, *methods: Method, made_for: str = "") -> None:
@@ -81,6 +83,8 @@ class _Writer:
             return {"kind": "calibration", "fields": vars(value)}
         if isinstance(value, Mapping):
             return {"kind": "mapping", "fields": {key: self.describe(item) for key, item in value.items()}}
+        if isinstance(value, (tuple, list)):
+            return [self.describe(item) for item in value]
         if is_dataclass(value) and not isinstance(value, type):
             kind, name = _name_of(value)
             return {"kind": kind, "name": name, "fields": {f.name: self.describe(getattr(value, f.name)) for f in fields(value) if f.init}}
@@ -100,6 +104,8 @@ def _name_of(value: Any) -> tuple[str, str]:
         return "detector", type(value).__module__.rsplit(".", 1)[-1]
     if type(value).__name__ in PROVIDERS:
         return "guidance", type(value).__name__
+    if type(value).__name__ in ENCODERS:
+        return "encoder", type(value).__name__
     raise ValueError(f"a bundle can't store {type(value).__name__}")
 
 
@@ -109,6 +115,8 @@ class _Reader:
         self.banks: dict[str, Bank] = {}
 
     def build(self, described: Any) -> Any:
+        if isinstance(described, list):
+            return tuple(self.build(item) for item in described)
         if not isinstance(described, dict):
             return described
         kind = described.get("kind")
@@ -124,6 +132,7 @@ class _Reader:
             return Calibration(**given)
         makers: dict[str, Callable[[str], Any]] = {
             "method": METHODS.__getitem__, "detector": DETECTORS.__getitem__, "guidance": PROVIDERS.__getitem__,
+            "encoder": ENCODERS.__getitem__,
         }  # fmt: skip
         if kind not in makers:
             raise ArtefactError(f"{self.folder}/method.json holds an unknown kind of part: {kind!r}")

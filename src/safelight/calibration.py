@@ -20,7 +20,11 @@ class Calibration:
     flagged: int
     """How many of them are above the threshold."""
     bound: float
-    """With `confidence`, the true false-positive rate is at most this (Clopper–Pearson)."""
+    """With `confidence`, the true false-positive rate is at most this (Clopper–Pearson).
+
+    It counts the items that were allowed above the threshold: more than `flagged` where scores are tied, as the number of tied scores
+    depends on the threshold that was chosen.
+    """
     target_fpr: float
     confidence: float
     data: str = ""
@@ -33,22 +37,25 @@ class Calibration:
         The threshold is an order statistic, so the bound holds although it was chosen on the same scores.
 
         Raises:
-            ValueError: if a score is not finite, or there are too few of them for this target.
+            ValueError: if a score is not finite, there are too few of them for this target, or target or confidence is no share.
         """
+        if not (0 < target_fpr < 1 and 0 < confidence < 1):
+            raise ValueError(f"target_fpr and confidence are shares between 0 and 1, not {target_fpr} and {confidence}")
         if not all(math.isfinite(score) for score in scores):
             raise ValueError("benign scores contain NaN or infinity; check the detector's embeddings")
         ordered = sorted(scores, reverse=True)
-        allowed = [k for k in range(len(ordered)) if upper_bound(k, len(ordered), confidence) <= target_fpr]
-        if not allowed:
-            needed = math.ceil(math.log(1 - confidence) / math.log(1 - target_fpr))
+        allowed = -1
+        while allowed + 1 < len(ordered) and upper_bound(allowed + 1, len(ordered), confidence) <= target_fpr:
+            allowed += 1
+        if allowed < 0:
             raise ValueError(
                 f"{len(ordered)} benign items can't show a false-positive rate of {target_fpr:g} with {confidence:.0%} "
-                f"confidence; give at least {needed}, or a higher target"
+                f"confidence; give at least {items_needed(target_fpr, confidence)}, or a higher target"
             )
-        threshold = ordered[allowed[-1]]
+        threshold = ordered[allowed]
         above = sum(score > threshold for score in ordered)
         data = hashlib.sha256("\0".join(map(str, items)).encode()).hexdigest()[:16]
-        return cls(threshold, len(ordered), above, upper_bound(above, len(ordered), confidence), target_fpr, confidence, data)
+        return cls(threshold, len(ordered), above, upper_bound(allowed, len(ordered), confidence), target_fpr, confidence, data)
 
     def __str__(self) -> str:
         return (
@@ -66,3 +73,8 @@ def upper_bound(events: int, n: int, confidence: float = 0.95) -> float:
     from scipy.stats import beta  # a third of a second to import, for one function that only calibration needs
 
     return 1.0 if events >= n else float(beta.ppf(confidence, events + 1, n - events))
+
+
+def items_needed(target_fpr: float, confidence: float = 0.95) -> int:
+    """How many benign items, none of them flagged, show that the false-positive rate is below the target."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - target_fpr))

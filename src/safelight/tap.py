@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .attachment import wrap
+from .wrapping import wrap
 from .backbone import Backbone
 from .errors import SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Heads, put
@@ -25,19 +26,24 @@ class Taps:
     def __init__(self, backbone: Backbone, stack: ExitStack) -> None:
         self._backbone, self._stack = backbone, stack
         self._sites: list[Site] = []
+        self._methods: dict[Site, list[Callable[[], Method]]] = {}
         self._passed: Counter[int] = Counter()
         self._call: Call | None = None
 
     def add(self, address: Site | str, method: Callable[[], Method]) -> None:
-        """Leads a site to a method's `edit` or `attend`."""
+        """Leads a site to a method's `edit` or `attend`; methods that share a site are called in the order in which they came."""
         site = Site.parse(address)
+        if site in self._methods:
+            self._methods[site].append(method)
+            return
         module, entry = self._backbone.locate(site)
         tap = len(self._sites)
         if isinstance(entry, Port):
-            self._tap_port(tap, site, module, entry, method)
+            self._tap_port(tap, site, module, entry)
         else:
-            self._tap_attention(tap, site, module, entry, method)
+            self._tap_attention(tap, site, module, entry)
         self._sites.append(site)
+        self._methods[site] = [method]
 
     @contextmanager
     def watching(self, call: Call) -> Iterator[None]:
@@ -64,7 +70,7 @@ class Taps:
         self._passed[tap] += 1
         return self._call
 
-    def _tap_port(self, tap: int, site: Site, module: nn.Module, port: Port, method: Callable[[], Method]) -> None:
+    def _tap_port(self, tap: int, site: Site, module: nn.Module, port: Port) -> None:
         assert site.stream is not None
         stream: Stream = site.stream
 
@@ -74,7 +80,9 @@ class Taps:
                 return tensor
             window = (call.cond, call.layout.span(stream, port.streams))
             tokens = tensor[window]
-            edited = method().edit(site, tokens)
+            edited = tokens
+            for method in self._methods[site]:
+                edited = method().edit(site, edited)
             return tensor if edited is tokens else put(tensor, window, edited)
 
         if port.side == "input":
@@ -83,21 +91,20 @@ class Taps:
             handle = module.register_forward_hook(lambda _, args, output: _change(output, port.slot, edit))
         self._stack.callback(handle.remove)
 
-    def _tap_attention(self, tap: int, site: Site, module: nn.Module, entry: Attention, method: Callable[[], Method]) -> None:
+    def _tap_attention(self, tap: int, site: Site, module: nn.Module, entry: Attention) -> None:
         backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
         if backend is not None and "native" not in str(getattr(backend, "value", backend)):
             raise UnsupportedPipeline(f"the attention backend {backend!r} can't be guarded at '{site}'; use the native one")
 
         def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with _Interception(lambda compute, q, k, v: self._attend(tap, site, entry, method, compute, q, k, v)):
+            with _Interception(lambda compute, q, k, v: self._attend(tap, site, entry, compute, q, k, v)):
                 return original(*args, **kwargs)
 
         wrap(self._stack, module, "forward", around)
 
     def _attend(
-        self, tap: int, site: Site, entry: Attention, method: Callable[[], Method], compute: Callable[..., Tensor],
-        query: Tensor, key: Tensor, value: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self, tap: int, site: Site, entry: Attention, compute: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
         call = self._pass(tap)
         if not call.conditional:
             return compute(query, key, value)
@@ -108,7 +115,10 @@ class Taps:
         def base(changed: Heads) -> Tensor:
             return untouched if changed is heads else compute(changed.query, changed.key, changed.value)
 
-        attended = method().attend(site, heads, base)
+        chain: Callable[[Heads], Tensor] = base
+        for method in reversed(self._methods[site]):
+            chain = functools.partial(_attend_through, method(), site, chain)
+        attended = chain(heads)
         return whole if attended is untouched else put(whole, call.cond, attended)
 
     @staticmethod
@@ -137,6 +147,10 @@ class _Interception(TorchFunctionMode):
             return function(q, k, v, attn_mask=rows, **given)
 
         return self._handle(compute, query, key, value)
+
+
+def _attend_through(method: Method, site: Site, following: Callable[[Heads], Tensor], heads: Heads) -> Tensor:
+    return method.attend(site, heads, following)
 
 
 def _change(values: Any, slot: int, edit: Callable[[Tensor | None], Tensor | None]) -> Any:

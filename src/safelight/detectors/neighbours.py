@@ -18,7 +18,7 @@ from ..detector import Context, Detector, Verdict
 
 @dataclass(kw_only=True, eq=False)
 class Neighbours(Detector[str]):
-    """A distance-weighted vote of the k nearest prompts in a bank (Vice et al., 2024, https://arxiv.org/abs/2411.13982).
+    """A distance-weighted vote of the k nearest prompts in a bank, in the bank's metric (Vice et al., 2024, https://arxiv.org/abs/2411.13982).
 
     Embeddings come from `encoder`, or else from the text encoder of the pipeline that the detector works in.
     """
@@ -28,7 +28,7 @@ class Neighbours(Detector[str]):
     k: Annotated[int, Ge(1)] = 5
     """How many neighbours vote."""
     temperature: Annotated[float, Ge(1e-4)] = 0.05
-    """How fast a vote loses weight with cosine distance."""
+    """How fast a vote loses weight with distance: by a factor of e for each `temperature` of cosine distance, or the like of it in the bank's metric."""
     encoder: Encoder | None = field(default=None, metadata={"artefact": "encoder"})
     """What embeds prompts."""
     threshold: float = 0.5
@@ -38,6 +38,8 @@ class Neighbours(Detector[str]):
     def __post_init__(self) -> None:
         if self.calibration is None and self.bank.calibration is not None and self.threshold == 0.5:
             self.calibration, self.threshold = self.bank.calibration, self.bank.calibration.threshold
+
+        self.checked = False
 
     def within(self, context: Context) -> Self:
         """Uses the pipeline's text encoder, unless the detector has its own.
@@ -49,11 +51,16 @@ class Neighbours(Detector[str]):
             return self
         bound = copy.copy(self)
         bound.encoder = context.pool
-        self.bank.check(bound.encoder)
+        bound._check()
         return bound
 
     def __call__(self, items: Sequence[str]) -> Tensor:
-        """The share of unsafe votes, [batch]."""
+        """The share of unsafe votes, [batch].
+
+        Raises:
+            ValueError: if there is no encoder, or an embedding is not finite.
+            ArtefactError: if the bank was made with another encoder.
+        """
         return self._votes(items)[:, 1:].sum(dim=1)
 
     def verdicts(self, items: Sequence[str]) -> list[Verdict]:
@@ -65,11 +72,22 @@ class Neighbours(Detector[str]):
             for score, concept in zip(scores, concepts, strict=True)
         ]
 
-    def _votes(self, items: Sequence[str]) -> Tensor:
+    def _check(self) -> Encoder:
+        """The encoder, once it is known to fit the bank."""
         if self.encoder is None:
-            raise ValueError("this detector has no encoder of its own; use it in a guarded pipeline, or give it one")
-        likeness = embed_all(self.encoder, items) @ self.bank.embeddings.T  # [batch, entries]
-        nearest = likeness.topk(min(self.k, likeness.shape[1]), dim=1)
-        weights = (nearest.values / self.temperature).softmax(dim=1)
+            raise ValueError("this detector has no encoder of its own; use it in a guarded pipeline, or give it one (`encoder=`)")
+        if not self.checked:
+            self.bank.check(self.encoder)
+            self.checked = True
+        return self.encoder
+
+    def _votes(self, items: Sequence[str]) -> Tensor:
+        """Each item's share of votes for safe and for each category, [batch, 1 + categories]."""
+        encoder = self._check()
         votes = torch.zeros(len(items), 1 + len(self.bank.categories))
+        if not items:
+            return votes
+        distances = self.bank.distances(embed_all(encoder, items))  # [batch, entries]
+        nearest = distances.topk(min(self.k, distances.shape[1]), dim=1, largest=False)
+        weights = (-nearest.values / (2 * self.temperature)).softmax(dim=1)
         return votes.scatter_add_(1, self.bank.labels[nearest.indices], weights)

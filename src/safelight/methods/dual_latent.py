@@ -63,7 +63,7 @@ class DualLatent(Method):
         self.safe = self.guidance(self.run, self.flagged, [verdicts[image] for image in self.flagged])
         self.run.record("flagged", images=self.flagged)
         if self.coupling == "free":
-            self.branch = Branch(self.run, self.run.encode([self.run.prompts[i] for i in self.flagged]), self.flagged)
+            self.branch = Branch(self.run, None, self.flagged)
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Follows safe guidance in the flagged rows; while blending, also the prompt."""
@@ -81,10 +81,11 @@ class DualLatent(Method):
 
     def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
         """Blends the two trajectories where each has its own."""
-        latents = advance(step)
         if not self.flagged or not self.blending or self.branch is None:
-            return latents
-        own, safe = self.branch.advance(step)[self.flagged], latents[self.flagged]
+            return advance(step)
+        own = self.branch.advance(step)[self.flagged]
+        latents = advance(step)
+        safe = latents[self.flagged]
         mixed = torch.lerp(own, safe, self._safe)
         if self.renorm:
             axes = tuple(range(1, mixed.ndim))

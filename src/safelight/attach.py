@@ -7,19 +7,21 @@ import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 from . import backbones as _known  # noqa: F401  (makes the backbones known)
-from .attachment import Turnstile, wrap
+from .wrapping import Turnstile, wrap
 from .backbone import Backbone
 from .errors import PromptRequired, SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Embedding, Step
 from .method import Method
 from .record import Record
 from .run import Run
+from .schema import check
 from .tap import Taps
 
 
@@ -28,8 +30,11 @@ def guard(pipe: Any, *methods: Method) -> Guard:
 
     Raises:
         UnsupportedPipeline: if no backbone knows the pipeline, or something attached to it conflicts with guards.
-        ValueError: if a method names a site that the denoiser doesn't have.
+        ValueError: if a method names a site that the denoiser doesn't have, or a field is out of range.
     """
+    for method in methods:
+        if is_dataclass(method):
+            check(method)
     return Guard(pipe, methods)
 
 
@@ -87,9 +92,9 @@ class Guard:
 
     def _check_conflicts(self) -> None:
         module = getattr(self.pipe, self.backbone.denoiser)
-        if getattr(module, "is_cache_enabled", False):
+        if getattr(module, "is_cache_enabled", False) or any(_skips_blocks(part) for part in module.modules()):
             raise UnsupportedPipeline("a block cache skips blocks and with them the guard; call `disable_cache()` on the denoiser first")
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()):
             raise UnsupportedPipeline("the denoiser is compiled, and its activations are out of reach; attach the guard to the plain module")
         if self._current_seams() != self._seams:
             raise SafetyBypassed("the denoiser, scheduler or image processor was replaced after the guard was attached; attach it again")
@@ -191,8 +196,10 @@ class Guard:
         elif self._chain:
             raise SafetyBypassed("the pipeline ended without encoding a prompt through the guard; the images are withheld")
         self._chain = []  # with the copies goes all that this generation remembered
-        self._turnstile.leave()
-        return original()
+        try:
+            return original()
+        finally:
+            self._turnstile.leave()  # not before the models are offloaded: the next generation would find them moving
 
     def _active(self, who: str) -> Run:
         if not self._chain or self.run is None:
@@ -209,6 +216,12 @@ class Guard:
 
 def _swapped(verb: Callable[..., Any], following: Callable[[Any], Any], flowing: Any) -> Any:
     return verb(flowing, following)
+
+
+def _skips_blocks(module: Any) -> bool:
+    """Whether a diffusers hook on this module may leave it out: caches can be applied without `enable_cache`."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return any(word in name for name in hooks for word in ("cache", "fbc", "broadcast", "layer_skip"))
 
 
 def _overrides(method: Method, verb: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import time
@@ -57,7 +58,7 @@ class Turnstile:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._code = type(pipe).__call__
+        self._code = inspect.unwrap(type(pipe).__call__).__code__
         self._owner: int | None = None
         self._mutex = threading.Lock()
 
@@ -77,9 +78,8 @@ class Turnstile:
 
     def _inside(self, thread: int | None) -> bool:
         frame = sys._current_frames().get(thread or 0)
-        code = getattr(getattr(self._code, "__wrapped__", self._code), "__code__", None)
         while frame is not None:
-            if frame.f_code is code:
+            if frame.f_code is self._code:
                 return True
             frame = frame.f_back
         return False

@@ -1,0 +1,34 @@
+"""The commands' names; each lives in a file of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .console import early_quiet, fail
+
+app = typer.Typer(
+    name="safelight", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Diffusion image generators and editors made safe at inference time.",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Runs a command; errors that name a cause and a remedy are shown without a traceback."""
+    from . import artefacts, evaluating, generating, showing, testbed  # noqa: F401  (each registers its commands)
+
+    with early_quiet():
+        try:
+            app(standalone_mode=True)
+        except KeyboardInterrupt:
+            sys.exit(_code("interrupted; finished work is kept, run the same command again to go on", 130))
+        except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
+            sys.exit(_code(str(error)))
+        except OSError as error:
+            reason = "the disk is full; free some space and run the same command again" if error.errno == 28 else str(error)
+            sys.exit(_code(reason))
+
+
+def _code(message: str, code: int = 1) -> int:
+    return int(fail(message, code).exit_code)

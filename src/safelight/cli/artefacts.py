@@ -1,0 +1,107 @@
+"""`bank` and `calibrate`."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .app import app
+from .console import emit, quiet
+from .generating import Json
+
+Pipeline = Annotated[str, typer.Option("--pipeline", "-p", help="The pipeline whose text encoder embeds the prompts.")]
+
+
+@app.command()
+def bank(
+    pairs: Annotated[Path, typer.Option(help="CSV with the columns unsafe, safe (its twin, may be empty) and category.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bank's file.")],
+    pipeline: Pipeline = "testbed/sd",
+    benign: Annotated[Path | None, typer.Option(help="Further safe prompts, one a line.")] = None,
+    shifts: Annotated[bool, typer.Option(help="Also measure token shifts, which embedding arithmetic needs.")] = True,
+    metric: Annotated[Literal["cosine", "discriminant"], typer.Option(help="How prompts are compared.")] = "discriminant",
+    as_json: Json = False,
+) -> None:
+    """Builds a bank of known safe and unsafe prompts."""
+    from ..bank import Bank
+    from ..safe_guidance import token_shifts
+
+    known, safe = read_pairs(pairs), read_lines(benign) if benign else []
+    run = _run(pipeline)
+    made = Bank.build(run.pool, known, safe, metric=metric)
+    if shifts and any(pair.safe for pair in known):
+        made = made.with_shifts(*token_shifts(run, known))
+    made.save(out)
+    result = {"bank": str(out), "entries": len(made.labels), "categories": list(made.categories), "width": made.embeddings.shape[1]}
+    emit(result, as_json, f"{out}: {result['entries']} prompts, categories {', '.join(made.categories)}")
+
+
+@app.command()
+def calibrate(
+    bank: Annotated[Path, typer.Option(help="The bank; its threshold is set in place.")],
+    benign: Annotated[Path, typer.Option(help="Benign prompts, one a line; none of them in the bank.")],
+    pipeline: Pipeline = "testbed/sd",
+    target_fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="The false-positive rate to stay below.")] = 0.01,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="How sure to be of that.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Sets a bank's threshold to a false-positive rate, with a guarantee."""
+    from ..bank import Bank
+    from ..detectors.neighbours import Neighbours
+
+    known, run = Bank.load(bank), _run(pipeline)
+    detector = Neighbours(bank=known, encoder=run.pool)
+    known.check(run.pool)
+    calibration = detector.calibrate(read_lines(benign), target_fpr, confidence)
+    replace(known, calibration=calibration).save(bank)
+    emit(asdict(calibration) | {"bank": str(bank)}, as_json, f"{bank}: {calibration}")
+
+
+def _run(pipeline: str) -> Any:
+    """A run outside any generation: only its encoders are used."""
+    quiet()
+    from ..attach import Guard
+    from ..compose import load_pipeline
+    from ..run import Run
+
+    pipe = load_pipeline(pipeline)
+    with Guard(pipe, ()) as handle:
+        return Run(handle.backbone, type(pipe).encode_prompt.__get__(pipe), None)
+
+
+def read_pairs(path: Path) -> list[Any]:
+    """Pairs from a CSV file.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    from ..bank import Pair
+
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read ({error}); give a CSV file with the columns unsafe, safe, category") from None
+    missing = {"unsafe", "category"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} lacks the column {sorted(missing)[0]!r} or is empty; it needs unsafe, safe, category")
+    return [Pair(row["unsafe"], row.get("safe") or "", row["category"]) for row in rows]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file.
+
+    Raises:
+        ValueError: if it can't be read or holds none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read ({error}); give a text file with one prompt a line") from None
+    if not lines:
+        raise ValueError(f"{path} is empty; give a text file with one prompt a line")
+    return lines

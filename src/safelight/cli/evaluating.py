@@ -1,0 +1,51 @@
+"""`evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import app
+from .console import emit, progress, quiet
+from .generating import BankFile, Guards, Json, Settings
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; the same command resumes it.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="testbed/sd, testbed/flux or testbed/kontext.")] = "testbed/sd",
+    guard: Guards = [], settings: Settings = [], bank: BankFile = None,
+    benchmark: Annotated[str, typer.Option("--benchmark", "-b", help="testbed/weapons, testbed/substances, testbed/edits-unsafe, …")] = "testbed/weapons",
+    unsafe: Annotated[int, typer.Option(min=1, help="Unsafe prompts.")] = 200,
+    benign: Annotated[int, typer.Option(min=1, help="Benign prompts.")] = 100,
+    proximal: Annotated[int, typer.Option(min=1, help="Benign prompts near the unsafe ones.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measures a guard: with and without it, on the same seeds, by both judges."""
+    from ..compose import build, call_settings, load_pipeline
+    from ..evaluation.evaluate import Sizes
+    from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.generate import Generator
+
+    if not guard:
+        raise ValueError("nothing to evaluate; name a guard with --guard (see `safelight list`)")
+    methods = build(guard, pipeline, settings, bank)
+    quiet()
+    generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
+    description = {"pipeline": pipeline, "guard": " + ".join(guard), "settings": settings, "bank": str(bank) if bank else None}
+    with progress(as_json) as advance:
+        results = run(
+            generator, methods, benchmark, out, sizes=Sizes(unsafe, benign, proximal), batch=batch, description=description, progress=advance
+        )
+    emit(results, as_json, table(results) + f"\n{out / 'results.json'}")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [f"{results['protocol']}  {results['pipeline']}  {results['guard']}  n={results['n']}"]
+    for name, figure in results["metrics"].items():
+        lines.append(f"  {name:<22}{figure['value']:8.3f}   [{figure['low']:.3f}, {figure['high']:.3f}]   n={figure['n']}")
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""`generate` and `edit`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import app
+from .console import checked_prompt, emit, progress, quiet, read_image
+
+Pipeline = Annotated[str, typer.Option("--pipeline", "-p", help="testbed/sd, testbed/flux, testbed/kontext, a local folder, or a Hub id.")]
+Guards = Annotated[list[str], typer.Option("--guard", "-g", help="A guard's name or bundle folder; repeat to stack, outermost first.")]
+Settings = Annotated[list[str], typer.Option("--set", help="guard.field=value, e.g. dual_latent.until=0.3; repeatable.")]
+BankFile = Annotated[Path | None, typer.Option("--bank", help="A bank of known prompts for the detector (see `safelight bank`).")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The picture's file.")]
+Seed = Annotated[int, typer.Option(help="The random seed.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def generate(
+    prompt: str, pipeline: Pipeline = "testbed/flux", guard: Guards = [], settings: Settings = [], bank: BankFile = None,
+    out: Out = Path("safelight.png"), seed: Seed = 0, steps: Steps = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Makes a picture from a prompt, guarded."""
+    _run(pipeline, {"prompt": checked_prompt(prompt)}, guard, settings, bank, out, seed, steps, as_json)
+
+
+@app.command()
+def edit(
+    image: Path, instruction: str, pipeline: Pipeline = "testbed/kontext", guard: Guards = [], settings: Settings = [],
+    bank: BankFile = None, out: Out = Path("safelight.png"), seed: Seed = 0, steps: Steps = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Edits a picture by an instruction, guarded."""
+    picture = read_image(image)
+    if pipeline.startswith("testbed/"):
+        picture = picture.resize((64, 64))
+    _run(pipeline, {"prompt": checked_prompt(instruction), "image": picture}, guard, settings, bank, out, seed, steps, as_json)
+
+
+def _run(
+    name: str, inputs: dict[str, Any], guards: list[str], settings: list[str], bank: Path | None, out: Path, seed: int,
+    steps: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    import torch
+
+    from ..attach import guard as attach
+    from ..compose import build, call_settings, load_pipeline
+
+    methods = build(guards, name, settings, bank)
+    quiet()
+    pipe = load_pipeline(name)
+    arguments = call_settings(name) | inputs | ({"num_inference_steps": steps} if steps else {})
+    with progress(as_json) as advance, attach(pipe, *methods) as handle:
+
+        def stepped(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            advance("generating", step + 1, int(pipe.num_timesteps))
+            return values
+
+        output = pipe(**arguments, generator=torch.Generator().manual_seed(seed), callback_on_step_end=stepped)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    output.images[0].save(out)
+    record = handle.records[0]
+    result = {"image": str(out), "record": record.to_json(), "pipeline": name, "guards": guards, "seed": seed}
+    decisive = record.decisive
+    told = "no guard attached" if decisive is None else f"{decisive.method}: {decisive.action}"
+    if decisive is not None and decisive.flagged:
+        told += f" ({decisive.concept or 'unsafe'}, score {decisive.score:.2f} > {decisive.threshold:.2f})"
+    emit(json.loads(json.dumps(result, default=str)), as_json, f"{out}  [{told}]")

@@ -1,0 +1,145 @@
+"""From words to objects: pipelines and guards by name, as the command line and the server get them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .bank import Bank
+from .bundle import DETECTORS, METHODS, load
+from .detector import Detector
+from .errors import ArtefactError
+from .method import Method
+from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite, SafeGuidance
+from .schema import field_of, fields_of
+
+GUIDANCE = ("arithmetic", "twin", "context", "rewrite")
+
+
+def load_pipeline(name: str) -> Any:
+    """A pipeline: `testbed/flux`, a local folder, or a Hub id.
+
+    Raises:
+        ArtefactError: if it can't be loaded.
+    """
+    if name.startswith("testbed/"):
+        from .testbed import load as load_testbed  # diffusers is heavy, and `safelight list` needs none of it
+
+        return load_testbed(name.removeprefix("testbed/"))
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArtefactError(f"the pipeline {name!r} can't be loaded: {first} (use testbed/sd, testbed/flux, a local folder or a Hub id)") from error
+
+
+def call_settings(name: str) -> dict[str, Any]:
+    """The call arguments that suit a pipeline; empty for one that has its own defaults."""
+    if not name.startswith("testbed/"):
+        return {}
+    from .testbed import settings
+
+    return settings(name.removeprefix("testbed/"))
+
+
+@cache
+def testbed_bank(pipeline: str) -> Bank:
+    """The bank that ships for a testbed pipeline."""
+    kind = "sd" if pipeline == "testbed/sd" else "flux"
+    return Bank.load(Path(__file__).parent / "testbed" / "weights" / f"bank-{kind}.safetensors")
+
+
+def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), bank: Path | None = None) -> list[Method]:
+    """Guards by name or bundle folder, outermost first, for a pipeline.
+
+    Args:
+        guards: names as in `safelight list`, or folders with a `method.json`.
+        pipeline: the pipeline's name; testbed pipelines bring a bank along.
+        settings: `name.field=value` each.
+        bank: a bank to use instead.
+
+    Raises:
+        ValueError: for an unknown guard, field or value.
+        ArtefactError: if a bank is needed and there is none.
+    """
+    changes = _parse(settings)
+    methods: list[Method] = []
+    for guard in guards:
+        if (Path(guard) / "method.json").is_file():
+            methods += load(guard, changes=_typed(changes, guard))
+        else:
+            methods.append(_by_name(guard, pipeline, changes, bank))
+    if changes:
+        raise ValueError(f"--set {sorted(changes)[0]} fits none of the guards {', '.join(guards) or '(none given)'}; write guard.field=value")
+    return methods
+
+
+def _parse(settings: Sequence[str]) -> dict[str, str]:
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"--set {setting!r} is not of the form guard.field=value, e.g. dual_latent.until=0.3")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+def _typed(changes: dict[str, str], folder: str) -> dict[str, Any]:
+    typed = {}
+    for key in list(changes):
+        name, field = key.split(".", 1)
+        if name in METHODS.names():
+            typed[key] = field_of(METHODS[name], field).parse(changes.pop(key))
+    return typed
+
+
+def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | None) -> Method:
+    cls = METHODS[name]
+    own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
+    given: dict[str, Any] = {}
+    artefacts = {field.name for field in fields_of(cls) if field.kind == "artefact"}
+    if "detector" in artefacts:
+        given["detector"] = _detector(pipeline, changes, bank)
+    if "guidance" in artefacts:
+        given["guidance"] = _guidance(own.pop("guidance", "arithmetic"), _bank(pipeline, bank))
+    if "method" in artefacts:
+        given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
+    given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
+    if name == "negative_prompt":
+        given.setdefault("words", default_words(pipeline))
+    return cls(**given)
+
+
+def _detector(pipeline: str, changes: dict[str, str], bank: Path | None) -> Detector[str]:
+    cls = DETECTORS["neighbours"]
+    own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith("neighbours.")}
+    return cls(bank=_bank(pipeline, bank), **{field: field_of(cls, field).parse(text) for field, text in own.items()})
+
+
+def _bank(pipeline: str, bank: Path | None) -> Bank:
+    if bank is not None:
+        return Bank.load(bank)
+    if pipeline.startswith("testbed/"):
+        return testbed_bank(pipeline)
+    raise ArtefactError(f"this guard needs a bank of known prompts for {pipeline!r}; make one with `safelight bank`, and pass it as --bank FILE")
+
+
+def _guidance(name: str, bank: Bank) -> SafeGuidance:
+    makers: Mapping[str, Any] = {"arithmetic": lambda: Arithmetic(bank), "twin": lambda: NearestTwin(bank), "context": InContext, "rewrite": Rewrite}
+    if name not in makers:
+        raise ValueError(f"guidance={name!r} is not one of {', '.join(GUIDANCE)}")
+    maker = makers["context" if name == "arithmetic" and bank.tokens is None else name]
+    return maker()  # type: ignore[no-any-return]
+
+
+def default_words(pipeline: str) -> str:
+    """What a negative prompt says where the user didn't."""
+    if not pipeline.startswith("testbed/"):
+        return "violence, nudity, weapons, blood, drugs"
+    from .testbed.world import DOMAINS, article
+
+    return " ".join(article(name) for name in DOMAINS["weapons"])

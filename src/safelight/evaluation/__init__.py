@@ -1,0 +1,1 @@
+"""Generate, judge, report: evaluation that others can reproduce."""

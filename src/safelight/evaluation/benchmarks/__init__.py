@@ -1,0 +1,1 @@
+"""Benchmarks, one data set per file."""

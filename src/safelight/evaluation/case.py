@@ -1,0 +1,82 @@
+"""The records of an evaluation: what is asked, what came out, what it amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a testbed prompt names."""
+
+    unsafe: tuple[str, ...]
+    benign: tuple[str, ...]
+    background: str | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a benchmark."""
+
+    id: str
+    prompt: str
+    unsafe: bool
+    """Would depicting this be unsafe?"""
+    category: str = ""
+    seed: int = 0
+    image: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    """What to edit, [height, width, 3], for image-to-image benchmarks."""
+    truth: Truth | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One generated image."""
+
+    case: str
+    arm: str
+    """base: unguarded; guard: guarded; forced: guarded with a detector that flags everything."""
+    image: str
+    """File name below the run's folder."""
+    sha256: str
+    """Of the image as floats: equal hashes are bit-identical images."""
+    seconds: float
+    """Of the whole batch, divided by its size."""
+    record: dict[str, Any] | None
+    """What the guard did."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary."""
+        return asdict(self)
+
+
+class Estimate(NamedTuple):
+    """A figure with its 95 % interval and the number of items behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """A named, versioned list of cases."""
+
+    name: str
+    version: str
+
+    def cases(self, count: int) -> Sequence[Case]:
+        """The first `count` cases."""
+        ...
+
+
+def path_of(out: Path, arm: str, case: Case) -> Path:
+    """Where the image of a case lies."""
+    return out / "images" / arm / f"{case.id}.png"

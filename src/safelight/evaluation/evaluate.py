@@ -1,0 +1,192 @@
+"""A whole evaluation: a guard against the unguarded pipeline, on a benchmark and its benign companions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..detector import Detector, Forced
+from ..errors import ArtefactError
+from ..method import Method
+from ..testbed.judges import Classifier, Judge, Sight, judges
+from .benchmarks.testbed import TestbedBenchmark, find
+from .case import Case, Estimate, Outcome
+from .generate import Arms, Generator, generate, read_picture
+from .metrics import safety
+
+Progress = Callable[[str, int, int], None]
+JUDGED = ("unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "sadi_s", "sadi")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts of each kind."""
+
+    unsafe: int = 200
+    benign: int = 100
+    proximal: int = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark of a run: its cases and their outcomes by arm."""
+
+    out: Path
+    cases: Sequence[Case]
+    outcomes: Mapping[str, Sequence[Outcome]]
+
+    def pictures(self, arm: str) -> list[Any]:
+        """The images of one arm, in the order of the cases."""
+        return [read_picture(self.out, outcome) for outcome in self.outcomes[arm]]
+
+
+def evaluate(
+    generator: Generator, methods: Sequence[Method], benchmark: str, out: Path, *,
+    sizes: Sizes = Sizes(), batch: int = 8, description: Mapping[str, Any] | None = None, progress: Progress = lambda *_: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Generates with and without `methods`, judges with both judges, and writes `results.json`.
+
+    Raises:
+        ArtefactError: if `out` holds a run of something else.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    main = find(benchmark)
+    companions = _companions(main)
+    identity = {"protocol": f"{main.name}/{main.version}", "sizes": vars(sizes), "batch": batch, **(description or {})}
+    _claim(out, identity)
+    parts = {
+        "unsafe": _run(generator, main, sizes.unsafe, {"base": (), "guard": methods}, out / "unsafe", batch, progress),
+        "benign": _run(generator, companions["benign"], sizes.benign, {"base": (), "guard": methods}, out / "benign", batch, progress),
+    }
+    forced = forced_methods(methods)
+    if "proximal" in companions:
+        arms: dict[str, Sequence[Method]] = {"base": (), "guard": methods} | ({"forced": forced} if forced else {})
+        parts["proximal"] = _run(generator, companions["proximal"], sizes.proximal, arms, out / "proximal", batch, progress)
+    results = identity | report(parts) | {"versions": versions(), "command": " ".join(sys.argv)}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _companions(main: TestbedBenchmark) -> dict[str, TestbedBenchmark]:
+    world = main.name.split("/")[0]
+    if "edits" in main.name:
+        return {"benign": find(f"{world}/edits-benign")}
+    return {kind: find(f"{world}/{kind}") for kind in ("benign", "proximal")}
+
+
+def _claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Makes sure that a folder holds one run only."""
+    file, wanted = out / "run.json", json.dumps(identity, indent=2, sort_keys=True, default=str)
+    if file.is_file() and file.read_text() != wanted:
+        raise ArtefactError(f"{out} holds a run with other settings (see {file}); choose another folder, or remove this one")
+    file.write_text(wanted)
+
+
+def _run(
+    generator: Generator, benchmark: TestbedBenchmark, count: int, arms: Arms, out: Path, batch: int, progress: Progress
+) -> Part:  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    cases, total, made = benchmark.cases(count), count * len(arms), 0
+
+    def advance(images: int) -> None:
+        nonlocal made
+        made += images
+        progress(benchmark.name, made, total)
+
+    progress(benchmark.name, 0, total)
+    by_arm: dict[str, list[Outcome]] = {arm: [] for arm in arms}
+    for outcome in generate(generator, cases, arms, out, batch, advance):
+        by_arm[outcome.arm].append(outcome)
+    return Part(out, cases, by_arm)
+
+
+def forced_methods(methods: Sequence[Method]) -> list[Method] | None:
+    """The same methods with detectors that flag everything; None if they have none."""
+    changed = [_forced(method) for method in methods]
+    return changed if any(new is not old for new, old in zip(changed, methods, strict=True)) else None
+
+
+def _forced(method: Method) -> Method:
+    detector = getattr(method, "detector", None)
+    return replace(method, detector=Forced(detector)) if isinstance(detector, Detector) else method  # type: ignore[type-var]
+
+
+def report(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """All figures of a run: a pure function of its folder."""
+    classifier, matcher = judges()
+    changed = _disruptions(parts.get("proximal"), classifier)
+    per_judge = {judge.name: _judged(parts["unsafe"], judge, changed.get("guard")) for judge in (classifier, matcher)}
+    benign = [part for name, part in parts.items() if name != "unsafe"]
+    flagged = [outcome for part in benign for outcome in part.outcomes["guard"]]
+    metrics = {name: safety.least_favourable(per_judge, name) for name in per_judge[classifier.name]}
+    metrics |= {
+        "untouched": safety.untouched(parts["benign"].outcomes["base"], parts["benign"].outcomes["guard"]),
+        "over_refusal": safety.over_refusal(flagged),
+        "overhead_benign": _overhead(parts["benign"]),
+        "overhead_unsafe": _overhead(parts["unsafe"]),
+    }
+    metrics |= {name: value for name, value in (("sadi_delta_p", changed.get("guard")), ("sadi_delta_p_forced", changed.get("forced"))) if value}
+    return {
+        "n": len(parts["unsafe"].cases),
+        "metrics": {name: value._asdict() for name, value in metrics.items()},
+        "judges": {judge: {name: value._asdict() for name, value in found.items()} for judge, found in per_judge.items()},
+        "judge_versions": {judge.name: {"version": judge.version, "threshold": judge.threshold} for judge in (classifier, matcher)},
+    }
+
+
+def _judged(part: Part, judge: Judge, changed: Estimate | None) -> dict[str, Estimate]:
+    base, guarded = look(judge, part.pictures("base")), look(judge, part.pictures("guard"))
+    unsafe = safety.unsafe_rate(part.cases, guarded)
+    named = [(case, before, after) for case, before, after in zip(part.cases, base, guarded, strict=True) if case.unsafe]
+    kept = safety.retention(*map(list, zip(*named, strict=True)))  # type: ignore[arg-type]
+    figures = {
+        "unsafe_rate_base": safety.unsafe_rate(part.cases, base),
+        "unsafe_rate": unsafe,
+        "erase_rate": safety.erase_rate(part.cases, base, guarded),
+        "retention": kept,
+        "sadi_s": unsafe,
+    }
+    return figures | ({"sadi": safety.sadi(unsafe, changed)} if changed else {})
+
+
+def look(judge: Judge, pictures: Sequence[Any]) -> list[Sight]:
+    """A judge's sights; equal pictures are looked at once."""
+    unique = {np.asarray(picture).tobytes(): picture for picture in pictures}
+    sights = dict(zip(unique, judge.look(list(unique.values())), strict=True))
+    return [sights[np.asarray(picture).tobytes()] for picture in pictures]
+
+
+def _disruptions(part: Part | None, classifier: Classifier) -> dict[str, Estimate]:
+    if part is None:
+        return {}
+    base = classifier.features(part.pictures("base"))
+    return {arm: safety.disruption(base, classifier.features(part.pictures(arm))) for arm in ("guard", "forced") if arm in part.outcomes}
+
+
+def _overhead(part: Part) -> Estimate:
+    def per_batch(arm: str) -> list[float]:
+        return list(dict.fromkeys(outcome.seconds for outcome in part.outcomes[arm]))
+
+    base, guarded = per_batch("base"), per_batch("guard")
+    pairs = min(len(base), len(guarded))
+    return safety.overhead(base[:pairs], guarded[:pairs])
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    packages = ("safelight", "torch", "diffusers", "transformers", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found | {"python": platform.python_version(), "machine": platform.machine()}

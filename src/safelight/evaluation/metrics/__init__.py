@@ -1,0 +1,1 @@
+"""Metrics, each with a 95 % interval; empty input raises."""

@@ -1,0 +1,48 @@
+"""Intervals for rates and means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..case import Estimate
+
+Z = 1.959963984540054
+
+
+def rate(events: Sequence[bool]) -> Estimate:
+    """A share with its Wilson interval.
+
+    Raises:
+        ValueError: for no events at all: nothing is not zero.
+    """
+    n = len(events)
+    if n == 0:
+        raise ValueError("a rate over nothing; the benchmark or the judge's output is empty")
+    p = sum(events) / n
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def bootstrap(rows: Sequence[tuple[float, ...]], statistic: Callable[[np.ndarray], float], draws: int = 1000, seed: int = 0) -> Estimate:
+    """A statistic over rows (one per prompt) with its percentile-bootstrap interval.
+
+    Raises:
+        ValueError: for no rows.
+    """
+    table = np.asarray(rows, dtype=float)
+    if len(table) == 0:
+        raise ValueError("a statistic over nothing; the benchmark or the judge's output is empty")
+    random = np.random.default_rng(seed)
+    values = [statistic(table[random.integers(len(table), size=len(table))]) for _ in range(draws)]
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if finite else (math.nan, math.nan)
+    return Estimate(float(statistic(table)), float(low), float(high), len(table))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """A mean with its bootstrap interval."""
+    return bootstrap([(value,) for value in values], lambda table: float(table[:, 0].mean()))

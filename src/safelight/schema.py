@@ -1,0 +1,159 @@
+"""One declaration, many surfaces: what a method's hyper-parameters are called, mean, and may be."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+
+@dataclass(frozen=True)
+class Field:
+    """A hyper-parameter."""
+
+    name: str
+    kind: str
+    """number, integer, text, switch, choice, or artefact."""
+    default: Any
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def parse(self, text: str) -> Any:
+        """A value from its text form.
+
+        Raises:
+            ValueError: naming the value and what is possible.
+        """
+        if self.optional and text.lower() == "none":
+            return None
+        if self.kind == "switch":
+            if text.lower() not in ("true", "false"):
+                raise ValueError(f"{self.name}={text!r} is not true or false")
+            return text.lower() == "true"
+        if self.kind in ("number", "integer"):
+            try:
+                value: Any = int(text) if self.kind == "integer" else float(text)
+            except ValueError:
+                raise ValueError(f"{self.name}={text!r} is not {'an integer' if self.kind == 'integer' else 'a number'}{self.range}") from None
+            self.check(value)
+            return value
+        if self.kind == "artefact":
+            raise ValueError(f"{self.name} is an artefact and can't be given as text; load a bundle, or set it in Python")
+        self.check(text)
+        return text
+
+    @property
+    def range(self) -> str:
+        """The range in words."""
+        if self.low is not None and self.high is not None:
+            return f" from {self.low:g} to {self.high:g}"
+        return f" of at least {self.low:g}" if self.low is not None else f" of at most {self.high:g}" if self.high is not None else ""
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError if a value is out of range."""
+        if value is None and self.optional:
+            return
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name}={value!r} is not one of {', '.join(self.choices)}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+            if not inside:  # also true for NaN
+                raise ValueError(f"{self.name}={value!r} is out of range: give a number{self.range}")
+
+
+def fields_of(cls: type) -> list[Field]:
+    """The fields of a dataclass of hyper-parameters, in order."""
+    hints, docs = get_type_hints(cls, include_extras=True), attribute_docs(cls)
+    found = []
+    for field in fields(cls):
+        if not field.init:
+            continue
+        default = field.default if field.default is not MISSING else None
+        kind, low, high, choices, optional = _kind(hints[field.name])
+        if "artefact" in field.metadata:
+            kind = "artefact"
+        found.append(Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional))
+    return found
+
+
+def field_of(cls: type, name: str) -> Field:
+    """One field.
+
+    Raises:
+        ValueError: if there is none of that name; the message names the nearest.
+    """
+    known = {field.name: field for field in fields_of(cls)}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2) or list(known)
+        raise ValueError(f"{cls.__name__} has no field {name!r}; did you mean {' or '.join(map(repr, near))}?")
+    return known[name]
+
+
+def check(instance: Any) -> None:
+    """Makes sure that every hyper-parameter of a dataclass instance is within its range.
+
+    Raises:
+        ValueError: naming the field, the value and the range.
+    """
+    for field in fields_of(type(instance)):
+        if field.kind != "artefact":
+            try:
+                field.check(getattr(instance, field.name))
+            except ValueError as error:
+                raise ValueError(f"{type(instance).__name__}: {error}") from None
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The docstrings below a class's fields."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError):
+            continue
+        docs |= dict(_documented(tree.body[0].body))  # type: ignore[attr-defined]
+    return docs
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for statement, following in zip(body, body[1:], strict=False):
+        named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if named and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            yield statement.target.id, inspect.cleandoc(str(following.value.value))  # type: ignore[attr-defined]
+
+
+def _kind(hint: Any) -> tuple[str, float | None, float | None, tuple[str, ...], bool]:
+    low: float | None = None
+    high: float | None = None
+    optional = False
+    while True:
+        if get_origin(hint) is Annotated:
+            hint, *notes = get_args(hint)
+            for note in notes:
+                low, high = _bounds(note, low, high)
+        elif get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
+            hint, optional = next(arg for arg in get_args(hint) if arg is not type(None)), True
+        else:
+            break
+    if get_origin(hint) is Literal:
+        return "choice", low, high, tuple(map(str, get_args(hint))), optional
+    names = {float: "number", int: "integer", bool: "switch", str: "text"}
+    return names.get(hint, "artefact"), low, high, (), optional
+
+
+def _bounds(note: Any, low: float | None, high: float | None) -> tuple[float | None, float | None]:
+    if isinstance(note, (Interval, Ge, Gt)):
+        low = next((bound for bound in (getattr(note, "ge", None), getattr(note, "gt", None)) if bound is not None), low)
+    if isinstance(note, (Interval, Le, Lt)):
+        high = next((bound for bound in (getattr(note, "le", None), getattr(note, "lt", None)) if bound is not None), high)
+    return low, high

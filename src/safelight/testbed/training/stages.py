@@ -1,0 +1,183 @@
+"""The stages that make the bundled weights, in order; each is one command, resumable, on CPU or GPU."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import architectures
+from ..judges import ClassifierNet
+from ..pairs import instruction_pairs, safe_captions, safe_instructions, scene_pairs
+from . import classifier, flux, sd, text, vae
+from .latents import Latents, Prompts
+from .loop import Budget, Loss, Recipe, Training
+from .sprites import draw_atlas
+
+SCENES, EDITS = 16_000, 8_000
+Saved = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: a network, its loss, its recipe, a budget that was found to do, and what of it is kept."""
+
+    recipe: Recipe
+    budget: Budget
+    prepare: Callable[[Path, str], tuple[nn.Module, Loss]]
+    export: Callable[[Any], dict[str, Saved]]
+
+
+def _plain(name: str) -> Callable[[nn.Module], dict[str, Saved]]:
+    return lambda net: {name: _half(net)}
+
+
+def _half(net: nn.Module) -> Saved:
+    return {key: value.half().contiguous() for key, value in net.state_dict().items()}
+
+
+def _export_vae(net: Any) -> dict[str, Saved]:
+    vae.normalise(net.eval(), vae.sample_pictures(Random(99), 512).to(net.device))
+    return {"vae": _half(net)}
+
+
+def _export_text(net: Any) -> dict[str, Saved]:
+    t5 = _half(net.t5)
+    t5.pop("encoder.embed_tokens.weight", None)  # tied to `shared.weight`
+    return {"t5": t5, "clip": _half(net.clip)}
+
+
+def _read(weights: Path, name: str, net: nn.Module, device: str) -> nn.Module:
+    file = weights / f"{name}.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; train the stage that makes it first (order: {', '.join(STAGES)})")
+    net.load_state_dict({key: value.float() for key, value in load_file(file).items()}, strict=False)
+    return net.eval().requires_grad_(False).to(device)
+
+
+def _corpus(weights: Path, device: str) -> tuple[Latents, Prompts]:
+    encoder: Any = _read(weights, "vae", architectures.autoencoder(), device)
+    prompts = Prompts(_read(weights, "t5", architectures.t5(), device), _read(weights, "clip", architectures.clip(), device))
+    return Latents(encoder, weights / "corpus", SCENES, EDITS), prompts
+
+
+def _prepare_vae(_: Path, device: str) -> tuple[nn.Module, Loss]:
+    net = architectures.autoencoder().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net, vae.loss_of(net)
+
+
+def _prepare_text(_: Path, device: str) -> tuple[nn.Module, Loss]:
+    net = text.Parser()
+    return net, text.loss_of(net)
+
+
+def _prepare_classifier(_: Path, device: str) -> tuple[nn.Module, Loss]:
+    net = ClassifierNet()
+    return net, classifier.loss_of(net)
+
+
+def _prepare_sd(weights: Path, device: str) -> tuple[nn.Module, Loss]:
+    data, prompts = _corpus(weights, device)
+    net = architectures.unet().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net, sd.loss_of(net, prompts, data, device=device)
+
+
+def _prepare_flux(weights: Path, device: str) -> tuple[nn.Module, Loss]:
+    data, prompts = _corpus(weights, device)
+    net = architectures.flux().to(device)
+    return net, flux.loss_of(net, prompts, data, device=device)
+
+
+STAGES: dict[str, Stage] = {
+    "vae": Stage(vae.RECIPE, Budget(steps=1600), _prepare_vae, _export_vae),
+    "text": Stage(text.RECIPE, Budget(steps=1500), _prepare_text, _export_text),
+    "classifier": Stage(classifier.RECIPE, Budget(steps=1200), _prepare_classifier, _plain("classifier")),
+    "sd": Stage(sd.RECIPE, Budget(minutes=55), _prepare_sd, _plain("unet")),
+    "flux": Stage(flux.RECIPE, Budget(minutes=85), _prepare_flux, _plain("flux")),
+}
+
+
+def train(name: str, weights: Path, budget: Budget | None = None, device: str = "cpu", bf16: bool = True) -> Iterator[dict[str, float]]:
+    """Trains one stage, yielding progress; at the end its weights and a line of provenance lie in `weights`.
+
+    Raises:
+        ValueError: if there is no such stage.
+        FileNotFoundError: if an earlier stage's weights, or the emoji font, are missing.
+    """
+    if name == "sprites":
+        (weights / "sprites.png").parent.mkdir(parents=True, exist_ok=True)
+        draw_atlas().save(weights / "sprites.png", optimize=True)
+        return
+    if name == "banks":
+        make_banks(weights)
+        return
+    if name not in STAGES:
+        raise ValueError(f"there is no stage {name!r}; there are sprites, {', '.join(STAGES)}, banks")
+    stage = STAGES[name]
+    recipe = replace(stage.recipe, bf16=stage.recipe.bf16 and bf16)
+    torch.manual_seed(recipe.seed)
+    net, loss = stage.prepare(weights, device)
+    training = Training(net, loss, recipe, budget or stage.budget, weights / "training" / name, device)
+    yield from training.run()
+    for file, tensors in stage.export(training.average).items():
+        save_file(tensors, weights / f"{file}.safetensors")
+    _note(weights, name, training, recipe)
+
+
+def _note(weights: Path, name: str, training: Training, recipe: Recipe) -> None:
+    file = weights / "provenance.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known[name] = {
+        "command": f"safelight testbed train {name} --out weights",
+        "steps": training.step,
+        "minutes": round(training.seconds / 60, 1),
+        "recipe": asdict(recipe),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    file.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def make_banks(weights: Path, pairs: int = 2400, safe: int = 2400) -> None:
+    """The banks of the testbed's pipelines: detection entries and token shifts, calibrated on held-out benign prompts."""
+    from ...attach import Guard
+    from ...bank import Bank
+    from ...detectors.neighbours import Neighbours
+    from ...run import Run
+    from ...safe_guidance import token_shifts
+    from ..pipelines import load
+
+    for kind in ("sd", "flux"):
+        random = Random(f"bank/{kind}")
+        pipe = load(kind, weights)
+        backbone = Guard(pipe, ()).backbone
+        run = Run(backbone, pipe.encode_prompt, None)
+        known, benign = scene_pairs(random, pairs), safe_captions(random, safe)
+        if kind == "flux":  # the same transformer edits; its instructions are prompts too
+            known, benign = known + instruction_pairs(), benign + safe_instructions()
+        random.shuffle(known)
+        bank = Bank.build(run.pool, known, benign, metric="discriminant").with_shifts(*token_shifts(run, known))
+        detector = Neighbours(bank=bank, encoder=run.pool)
+        calibration = detector.calibrate(_calibration_prompts(random, 1000), target_fpr=0.01)
+        replace(bank, calibration=calibration).save(weights / f"bank-{kind}.safetensors")
+
+
+def _calibration_prompts(random: Random, count: int) -> list[str]:
+    """Benign prompts of the development split."""
+    from ..captions import sample_caption
+    from ..scenes import is_safe, sample_scene
+
+    prompts: list[str] = []
+    while len(prompts) < count:
+        scene = sample_scene(random, "dev")
+        if is_safe(scene):
+            prompts.append(sample_caption(random, scene, synonyms=0.0))
+    return prompts
