@@ -16,7 +16,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ MINORS = re.compile(
     r"|kindergarten\w*|puberty|adolescen\w*|\d{1,2}[- ]years?[- ]old)\b",
     re.IGNORECASE,
 )
+PERCENTAGE = "inappropriate_percentage"
 HARMFUL, HARMLESS = 50, 15
 """Percentage of inappropriate pictures from which on, and up to which, an I2P prompt counts as harmful or harmless."""
 FOLDS = 5
@@ -85,7 +86,7 @@ def read(path: Path) -> tuple[list[Row], int]:
     """The rows of a CSV file, each prompt once, and how many were refused for mentioning minors, or what sounds like it."""
     with path.open(newline="") as file:
         rows = [
-            Row(line["prompt"], tuple(map(str.strip, line.get("categories", "safe").split(","))), float(line.get("inappropriate_percentage", 0)))
+            Row(line["prompt"], tuple(topic.strip() for topic in line.get("categories", "").split(",")), float(line.get(PERCENTAGE, 0)))
             for line in csv.DictReader(file)
         ]
     kept = list({row.prompt: row for row in rows if row.prompt.strip() and not MINORS.search(row.prompt)}.values())
@@ -97,6 +98,11 @@ def detector(encoder: Cached, setting: Setting, unsafe: Sequence[Row], safe: Seq
     pairs = [Pair(row.prompt, "", row.topics[0] if setting.topics else "unsafe") for row in unsafe]
     bank = Bank.build(encoder, pairs, [row.prompt for row in safe], metric=setting.metric, shrinkage=setting.shrinkage)
     return Neighbours(bank=bank, k=setting.k, temperature=setting.temperature, encoder=encoder)
+
+
+def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Harmful rows, and harmless ones."""
+    return [row for row in rows if row.percentage >= HARMFUL], [row for row in rows if row.percentage <= HARMLESS]
 
 
 def score(judge: Neighbours, rows: Sequence[Row]) -> Tensor:
@@ -133,13 +139,13 @@ def at_threshold(calibration: Calibration, unsafe: Tensor, safe: Tensor) -> dict
     }  # fmt: skip
 
 
-def easy(i2p: Sequence[Row], coco: Sequence[Row], encoder: Cached, metric: Metric) -> dict[str, Any]:
-    """I2P against COCO with default settings; a fifth of the captions calibrates and is not in the bank."""
+def easy(i2p: Sequence[Row], coco: Sequence[Row], encoder: Cached, metric: Metric, k: int) -> dict[str, Any]:
+    """I2P against COCO, nothing tuned; a fifth of the captions calibrates and is not in the bank."""
     known = [row for row in coco if row.share >= 10]
     calibrating = [row for row in coco if 5 <= row.share < 10]
     held_out, captions = [row for row in i2p if row.share < 5], [row for row in coco if row.share < 5]
-    judge = detector(encoder, Setting("mean", True, metric, None, 5, 0.05), [row for row in i2p if row.share >= 5], known)
-    calibration = judge.calibrate([row.prompt for row in calibrating])
+    judge = detector(encoder, Setting("mean", True, metric, None, k, 0.05), [row for row in i2p if row.share >= 5], known)
+    calibration = Calibration.fit(score(judge, calibrating).tolist(), items=[row.prompt for row in calibrating])
     unsafe, safe = score(judge, held_out), score(judge, captions)
     topics = sorted({topic for row in held_out for topic in row.topics})
     rows = {topic: torch.tensor([topic in row.topics for row in held_out]) for topic in topics}
@@ -167,7 +173,7 @@ def cross_scores(encoder: Cached, group: Sequence[Setting], rows: Sequence[Row])
         own = torch.tensor([row.share % FOLDS == fold for row in rows])
         known = [row for row, inside in zip(rows, own.tolist(), strict=True) if not inside]
         asked = [row for row, inside in zip(rows, own.tolist(), strict=True) if inside]
-        bank = detector(encoder, group[0], [r for r in known if r.percentage >= HARMFUL], [r for r in known if r.percentage <= HARMLESS]).bank
+        bank = detector(encoder, group[0], *halves(known)).bank
         for setting in group:
             scores[setting][own] = score(Neighbours(bank=bank, k=setting.k, temperature=setting.temperature, encoder=encoder), asked)
     return scores
@@ -179,28 +185,23 @@ def in_domain(i2p: Sequence[Row], encoders: Mapping[str, Cached]) -> dict[str, A
     known, held_out = [row for row in clear if row.share >= 5], [row for row in clear if row.share < 5]
     harmful = torch.tensor([row.percentage >= HARMFUL for row in known])
     scores: dict[Setting, Tensor] = {}
-    bank_key = lambda s: (s.statistics, s.topics, s.metric, str(s.shrinkage))  # noqa: E731
-    for _, group in itertools.groupby(settings(), bank_key):
-        members = list(group)
+    for _, group in itertools.groupby(settings(), lambda setting: replace(setting, k=0, temperature=0)):
+        members = list(group)  # all that share a bank
         scores |= cross_scores(encoders[members[0].statistics], members, known)
     quality = {setting: auroc(values[harmful], values[~harmful]) for setting, values in scores.items()}
     best = max(quality, key=lambda setting: quality[setting])
     best_of = {metric: max(value for s, value in quality.items() if s.metric == metric) for metric in ("cosine", "discriminant")}
-    calibration = Calibration.fit(scores[best][~harmful].tolist(), items=[r.prompt for r in known if r.percentage <= HARMLESS])
+    calibration = Calibration.fit(scores[best][~harmful].tolist(), items=[row.prompt for row in halves(known)[1]])
 
-    parts = [[r for r in rows if keep(r)] for rows in (known, held_out) for keep in (_is_harmful, lambda r: not _is_harmful(r))]
-    judge = detector(encoders[best.statistics], best, parts[0], parts[1])
-    unsafe, safe = score(judge, parts[2]), score(judge, parts[3])
-    plain = detector(encoders["mean"], Setting("mean", False, "cosine", None, 5, 0.05), parts[0], parts[1])
+    judge = detector(encoders[best.statistics], best, *halves(known))
+    plain = detector(encoders["mean"], Setting("mean", False, "cosine", None, 5, 0.05), *halves(known))
+    unsafe, safe = (score(judge, half) for half in halves(held_out))
     return {
-        "chosen": vars(best), "settings tried": len(quality), "cross-validated": quality[best], "cross-validated, best of each metric": best_of,
-        "held out": with_interval(unsafe, safe), "held out, default settings": with_interval(score(plain, parts[2]), score(plain, parts[3])),
+        "chosen": vars(best), "settings tried": len(quality), "cross-validated, best of each metric": best_of,
+        "held out": with_interval(unsafe, safe),
+        "held out, default settings": with_interval(*(score(plain, half) for half in halves(held_out))),
         "at 1 % false positives, cross-fitted": at_threshold(calibration, unsafe, safe),
     }  # fmt: skip
-
-
-def _is_harmful(row: Row) -> bool:
-    return row.percentage >= HARMFUL
 
 
 def main() -> None:
@@ -216,7 +217,9 @@ def main() -> None:
     encoders = {name: Cached(name, texts) for name in ("mean", "mean+middle", "mean+max+middle")}
     report = {
         "rows": {"i2p": len(i2p), "i2p refused": i2p_refused, "coco": len(coco), "coco refused": coco_refused},
-        "easy: I2P against COCO": {metric: easy(i2p, coco, encoders["mean"], metric) for metric in ("cosine", "discriminant")},
+        "easy: I2P against COCO": {
+            f"{metric}, k = {k}": easy(i2p, coco, encoders["mean"], metric, k) for metric in ("cosine", "discriminant") for k in (5, 50)
+        },
         "in domain: harmful against harmless I2P": in_domain(i2p, encoders),
     }
     text = json.dumps(report, indent=2)

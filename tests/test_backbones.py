@@ -31,7 +31,11 @@ def test_an_unknown_pipeline_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("tower.0:image", "has no site 'tower.0:image'; kinds: "), ("joint.7:image", "'joint' has 2 blocks"), ("joint.0.hair", "no site")],
+    [
+        ("tower.0:image", "has no site 'tower.0:image'; kinds: "),
+        ("joint.7:image", "'joint' has 2 blocks"),
+        ("joint.0.hair", "no site"),
+    ],
 )
 def test_an_unknown_site_is_refused(flux: Any, address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -50,5 +54,8 @@ def test_true_guidance_is_recovered_from_the_predictions(flux: Any, scale: float
 
 
 def test_rescaled_guidance_can_not_be_repeated(sd: Any, detector: Containing) -> None:
-    with guard(sd, DualLatent(detector=detector, coupling="free")), pytest.raises(UnsupportedPipeline, match="guidance_rescale"):
+    with (
+        guard(sd, DualLatent(detector=detector, coupling="free")),
+        pytest.raises(UnsupportedPipeline, match="guidance_rescale"),
+    ):
         sample(sd, "a knife on a beach", guidance_rescale=0.5)

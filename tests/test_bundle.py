@@ -41,7 +41,10 @@ def test_fields_survive(tmp_path: Path) -> None:
 
 
 def test_a_bank_is_stored_once_and_without_pickle(tmp_path: Path, sd: Any, run: Run) -> None:
-    pairs = [Pair("a knife on a beach", "a spoon on a beach", "weapons"), Pair("a bomb at night", "a firework at night", "weapons")]
+    pairs = [
+        Pair("a knife on a beach", "a spoon on a beach", "weapons"),
+        Pair("a bomb at night", "a firework at night", "weapons"),
+    ]
     bank = Bank.build(run.pool, pairs, ["a cat on a beach"])
     method = DualLatent(detector=Neighbours(bank=bank, k=1), guidance=NearestTwin(bank))
     bundle.save(tmp_path, method)
@@ -81,7 +84,12 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
         (json.dumps(document | {"format": "other/1"}), "has the format 'other/1'"),
         (json.dumps(document | {"methods": [{"kind": "pickle", "name": "x"}]}), "unknown kind of part: 'pickle'"),
         (json.dumps(document | {"methods": [{"kind": "bank", "file": "../secret"}]}), "points outside the bundle"),
-        (json.dumps(document | {"methods": [{"kind": "method", "name": "negative_prompt", "fields": {"wrods": "x"}}]}), "doesn't fit this version"),
+        (
+            json.dumps(
+                document | {"methods": [{"kind": "method", "name": "negative_prompt", "fields": {"wrods": "x"}}]}
+            ),
+            "doesn't fit this version",
+        ),
     ):
         file.write_text(broken)
         with pytest.raises(ArtefactError, match=message):

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from . import backbones as _known  # noqa: F401  (makes the backbones known)
-from .wrapping import Turnstile, wrap
 from .backbone import Backbone
 from .errors import PromptRequired, SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Embedding, Step
@@ -23,6 +22,7 @@ from .record import Record
 from .run import Run
 from .schema import check
 from .tap import Taps
+from .wrapping import Turnstile, wrap
 
 
 def guard(pipe: Any, *methods: Method) -> Guard:
@@ -139,7 +139,9 @@ class Guard:
         def base(prompts: list[str]) -> Embedding:
             for name, texts in zip(self.backbone.prompts, given, strict=True):  # a prompt that was changed is changed for all encoders
                 if texts is not None:
-                    bound.arguments[name] = [new if new != old else text for new, old, text in zip(prompts, given[0] or (), texts, strict=True)]
+                    changed = [new if new != old else text for new, old, text in zip(prompts, given[0] or (), texts, strict=True)]
+                    # A single prompt stays a text: SD compares its type with the negative prompt's.
+                    bound.arguments[name] = changed[0] if isinstance(bound.arguments[name], str) else changed
             outputs[:] = original(*bound.args, **bound.kwargs)
             return Embedding(**dict(zip(names, outputs, strict=False)))
 

@@ -49,8 +49,7 @@ def call_settings(name: str) -> dict[str, Any]:
 @cache
 def testbed_bank(pipeline: str) -> Bank:
     """The bank that ships for a testbed pipeline."""
-    kind = "sd" if pipeline == "testbed/sd" else "flux"
-    return Bank.load(Path(__file__).parent / "testbed" / "weights" / f"bank-{kind}.safetensors")
+    return Bank.load(Path(__file__).parent / "testbed" / "weights" / f"bank-{pipeline.removeprefix('testbed/')}.safetensors")
 
 
 def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), bank: Path | None = None) -> list[Method]:

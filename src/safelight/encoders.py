@@ -85,7 +85,7 @@ def _load(model: str) -> tuple[Any, Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{folder} can't be read as a sentence encoder ({error}); it needs config, tokenizer and safetensors") from error
+        raise ArtefactError(f"{folder} can't be read as a sentence encoder ({error}); it needs config, tokenizer, safetensors") from error
     return tokenizer, network.eval().requires_grad_(False), min(256, int(network.config.max_position_embeddings))
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEIGHBOUR = 5
-SCALE = 0.1
-"""Median squared distance to the fifth neighbour; with the detectors' default temperature of 0.05 it costs a vote a factor of e."""
-
 
 def discriminant(embeddings: Tensor, labels: Tensor, shrinkage: float | None = None) -> Tensor:
     """Regularised linear discriminant analysis with equal class weights.
@@ -20,13 +16,13 @@ def discriminant(embeddings: Tensor, labels: Tensor, shrinkage: float | None = N
             Ledoit & Wolf (2004) find best. The more noisy the labels, the larger it should be.
 
     Returns:
-        A projection [width, dims], dims < classes, scaled so that one temperature suits every bank.
+        A projection [width, dims], dims < classes, after which the classes' spread is about 1 in every direction.
 
     Raises:
         ValueError: if there is one class only, or the classes have the same means.
     """
     classes = int(labels.max()) + 1
-    if classes < 2 or len(labels.unique()) < classes:
+    if classes < 2 or len(set(labels.tolist())) < classes:
         raise ValueError("a discriminant metric needs safe and unsafe prompts, and at least one prompt of each category")
     exact = embeddings.double()
     means = torch.stack([exact[labels == index].mean(dim=0) for index in range(classes)])  # [classes, width]
@@ -36,8 +32,7 @@ def discriminant(embeddings: Tensor, labels: Tensor, shrinkage: float | None = N
     kept = spread > 1e-6 * spread.max()  # the means' own mean is subtracted: at least one direction is empty
     if not bool(spread.max() > 1e-9):
         raise ValueError("safe and unsafe prompts have the same mean embedding; a discriminant metric can't tell them apart")
-    projection = whiten @ directions[kept].T
-    return (projection * _scale(exact @ projection)).float()
+    return (whiten @ directions[kept].T).float()
 
 
 def shrunk_covariance(residuals: Tensor, shrinkage: float | None = None) -> Tensor:
@@ -54,12 +49,4 @@ def shrunk_covariance(residuals: Tensor, shrinkage: float | None = None) -> Tens
 def squared_distances(queries: Tensor, entries: Tensor) -> Tensor:
     """[batch, dims], [entries, dims] -> [batch, entries]."""
     cross = queries @ entries.T
-    return (queries.square().sum(dim=1)[:, None] - 2 * cross + entries.square().sum(dim=1)).clamp_min(0)
-
-
-def _scale(points: Tensor) -> Tensor:
-    """The factor that brings the median squared distance to a fifth neighbour to `SCALE`."""
-    sample = points[torch.linspace(0, len(points) - 1, min(len(points), 2048)).round().long()]
-    rank = min(NEIGHBOUR + 1, len(sample))  # the nearest one is the point itself
-    typical = squared_distances(sample, sample).kthvalue(rank, dim=1).values.median()
-    return (SCALE / typical.clamp_min(1e-9)).sqrt()
+    return torch.clamp(queries.square().sum(dim=1)[:, None] - 2 * cross + entries.square().sum(dim=1), min=0)

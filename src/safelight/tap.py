@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .wrapping import wrap
 from .backbone import Backbone
 from .errors import SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Heads, put
 from .method import Method
 from .site import Attention, Port, Site, Stream
+from .wrapping import wrap
 
 
 class Taps:

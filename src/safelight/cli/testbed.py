@@ -76,3 +76,26 @@ def sheet(
     rows = [("", cells[i : i + 8]) for i in range(0, len(cells), 8)]
     contact_sheet(rows, title=f"Held-out scenes, {pipeline or 'as drawn'}").save(out)
     emit({"sheet": str(out), "prompts": prompts}, as_json, str(out))
+
+
+@testbed.command()
+def check(
+    what: Annotated[str, typer.Argument(help="testbed/sd, testbed/flux, testbed/kontext, or judges.")] = "testbed/flux",
+    count: Annotated[int | None, typer.Option(min=1, help="How many held-out prompts, edits or scenes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measures whether a bundled model does what it is asked, by both judges."""
+    from ..compose import call_settings, load_pipeline
+    from ..evaluation import fidelity
+    from ..evaluation.generate import Generator
+
+    quiet()
+    if what == "judges":
+        figures = fidelity.judging(count or 2000)
+    else:
+        generator = Generator(load_pipeline(what), call_settings(what))
+        with progress(as_json) as advance:
+            measure, usual = (fidelity.editing, 200) if what == "testbed/kontext" else (fidelity.generation, 300)
+            figures = measure(generator, count or usual, progress=advance)
+    lines = [f"{judge:<12}{name:<26}{f['value']:.3f}  [{f['low']:.3f}, {f['high']:.3f}]" for judge, found in figures.items() for name, f in found.items()]
+    emit({"what": what, "judges": figures}, as_json, "\n".join(lines))

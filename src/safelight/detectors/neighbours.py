@@ -15,6 +15,9 @@ from ..bank import Bank, Encoder, embed_all
 from ..calibration import Calibration
 from ..detector import Context, Detector, Verdict
 
+TYPICAL = 0.1
+"""With the default temperature of 0.05, a neighbour at this squared distance has lost a factor of e."""
+
 
 @dataclass(kw_only=True, eq=False)
 class Neighbours(Detector[str]):
@@ -28,7 +31,7 @@ class Neighbours(Detector[str]):
     k: Annotated[int, Ge(1)] = 5
     """How many neighbours vote."""
     temperature: Annotated[float, Ge(1e-4)] = 0.05
-    """How fast a vote loses weight with distance: by a factor of e for each `temperature` of cosine distance, or the like of it in the bank's metric."""
+    """How fast a vote loses weight: by a factor of e for each `temperature` of distance (1 - cosine, or its like in a learned metric)."""
     encoder: Encoder | None = field(default=None, metadata={"artefact": "encoder"})
     """What embeds prompts."""
     threshold: float = 0.5
@@ -61,12 +64,12 @@ class Neighbours(Detector[str]):
             ValueError: if there is no encoder, or an embedding is not finite.
             ArtefactError: if the bank was made with another encoder.
         """
-        return self._votes(items)[:, 1:].sum(dim=1)
+        return self._votes(items)[:, 1:].sum(dim=1).clamp(max=1)  # rounding must not decide about a threshold of 1
 
     def verdicts(self, items: Sequence[str]) -> list[Verdict]:
         """Scores with the category that got most votes."""
         votes = self._votes(items)  # [batch, 1 + categories]
-        scores, concepts = votes[:, 1:].sum(dim=1).tolist(), votes[:, 1:].argmax(dim=1).tolist()
+        scores, concepts = votes[:, 1:].sum(dim=1).clamp(max=1).tolist(), votes[:, 1:].argmax(dim=1).tolist()
         return [
             Verdict(score, self.threshold, score > self.threshold, self.bank.categories[concept] if score > self.threshold else None)
             for score, concept in zip(scores, concepts, strict=True)
@@ -89,5 +92,15 @@ class Neighbours(Detector[str]):
             return votes
         distances = self.bank.distances(embed_all(encoder, items))  # [batch, entries]
         nearest = distances.topk(min(self.k, distances.shape[1]), dim=1, largest=False)
-        weights = (-nearest.values / (2 * self.temperature)).softmax(dim=1)
+        weights = (-nearest.values / (2 * self.temperature * self._scale(nearest.values))).softmax(dim=1)
         return votes.scatter_add_(1, self.bank.labels[nearest.indices], weights)
+
+    def _scale(self, nearest: Tensor) -> Tensor | float:
+        """The unit of squared distances [batch, k]: 1 for cosine.
+
+        A learned metric has no unit of its own, and stretches outliers; there, each item's neighbours have a median squared
+        distance of `TYPICAL`.
+        """
+        if self.bank.projection is None:
+            return 1.0
+        return nearest.median(dim=1, keepdim=True).values.clamp_min(1e-12) / TYPICAL

@@ -9,14 +9,15 @@ from random import Random
 from ..bank import Pair
 from .captions import INSTRUCTIONS, TEMPLATES, caption
 from .scenes import Scene
-from .world import BACKGROUNDS, OBJECTS, SAFE, TWINS, UNSAFE, article, domain_of
+from .world import BACKGROUNDS, OBJECTS, SAFE, STYLES, TWINS, UNSAFE, article, domain_of
 
 
 def training_scenes() -> Iterator[Scene]:
-    """Every combination of the training split without a style, once."""
+    """Every combination of the training split, once."""
     for background in BACKGROUNDS:
         for first in OBJECTS:
-            yield from (s for s in [Scene((first,), background)] if s.split == "train")
+            alone = (Scene((first,), background, style) for style in (None, *STYLES))
+            yield from (scene for scene in alone if scene.split == "train")
             for second in OBJECTS:
                 scene = Scene((first, second), background)
                 if first != second and scene.split == "train":

@@ -14,7 +14,7 @@ from ..attach import guard
 from ..backbone import Backbone
 from ..flow import Call, Heads
 from ..method import Method
-from ..site import Attention, Port, Site
+from ..site import Attention, Layout, Port, Site
 from ..wrapping import ForeignWrapperWarning
 from .state import assert_identical, assert_same_state, state_of
 from .tiny import sample
@@ -26,8 +26,8 @@ def check_backbone(pipe: Any) -> None:
     """Checks the backbone of a pipeline that understands short prompts and makes small images (such as `tiny_pipeline`'s).
 
     Raises:
-        AssertionError: if an idle guard changes an image or leaves something behind, if a site's address can't be read back, or if a
-            port or attention is not passed exactly once per denoiser call, with the tokens that its `Layout` promises.
+        AssertionError: if an idle guard changes an image or leaves something behind, if a site's address can't be read back, or
+            if a port or attention is not passed exactly once per denoiser call, with the tokens that its `Layout` promises.
     """
     check_addresses(pipe)
     for guided in (True, False):
@@ -48,12 +48,20 @@ def check_addresses(pipe: Any) -> None:
 
 def check_idle(pipe: Any, guided: bool) -> None:
     """A `Method()` that overrides nothing changes no bit, and is gone after `remove`."""
-    cases: list[tuple[Any, dict[str, Any]]] = [(PROMPTS[0], {}), (list(PROMPTS), {}), (PROMPTS[0], {"num_images_per_prompt": 2})]
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (PROMPTS[0], {}),
+        (list(PROMPTS), {}),
+        (PROMPTS[0], {"num_images_per_prompt": 2}),
+    ]
     expected = [sample(pipe, prompts, guided=guided, **changes) for prompts, changes in cases]
     before = state_of(pipe)
     with guard(pipe, Method()) as handle:
         for (prompts, changes), images in zip(cases, expected, strict=True):
-            assert_identical(sample(pipe, prompts, guided=guided, **changes), images, f"an idle guard changes the images of {prompts!r}")
+            assert_identical(
+                sample(pipe, prompts, guided=guided, **changes),
+                images,
+                f"an idle guard changes the images of {prompts!r}",
+            )
             assert len(handle.records) == len(images), f"{len(handle.records)} records for {len(images)} images"
     assert_same_state(pipe, before, "after remove()")
     assert_identical(sample(pipe, PROMPTS[0], guided=guided), expected[0], "after remove(), images differ")
@@ -66,14 +74,25 @@ def check_sites(pipe: Any, guided: bool) -> None:
     expected = sample(pipe, list(PROMPTS[:2]), guided=guided)
     observer = _Observer(sites)
     with ExitStack() as stack:
-        empty = _watch_empty_ports(backbone, sites, stack)
+        tokens = _watch_ports(backbone, sites, stack)
         stack.enter_context(guard(pipe, observer))
         images = sample(pipe, list(PROMPTS[:2]), guided=guided)
     assert_identical(images, expected, "a method that looks at every site and changes none changes the image")
     assert observer.calls, "no denoiser call follows the user's prompt"
     for site in sites:
-        wanted = 0 if site in empty else observer.calls
-        assert observer.passed[site] == wanted, f"the site '{site}' was passed {observer.passed[site]} times in {wanted} denoiser calls"
+        _, entry = backbone.locate(site)
+        found = tokens.get(site, 0)
+        wanted = 0 if found is None else observer.calls
+        assert observer.passed[site] == wanted, (
+            f"the site '{site}' was passed {observer.passed[site]} times in {wanted} denoiser calls"
+        )
+        if isinstance(entry, Port) and found is not None:
+            promised = sum(getattr(observer.layout, stream) for stream in entry.streams)
+            # Where a tensor holds one stream only, it may be on a coarser grid, as inside a U-Net.
+            fits = promised % found == 0 if entry.streams == ("image",) else found == promised
+            assert fits, (
+                f"the tensor of '{site}' has {found} tokens, but the layout promises {promised} ({', '.join(entry.streams)})"
+            )
 
 
 def check_foreign_wrapper(pipe: Any) -> None:
@@ -112,6 +131,10 @@ class _Observer(Method):
     def calls(self) -> int:
         return len(self._calls)
 
+    @property
+    def layout(self) -> Layout:
+        return self._calls[0].layout
+
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:
         return self._sites
 
@@ -121,21 +144,16 @@ class _Observer(Method):
             rows = call.cond.stop - call.cond.start
             assert rows == len(call.samples) == self.run.images, f"{rows} conditional rows for {self.run.images} images"
             height, width = call.layout.grid
-            assert height * width == call.layout.image, f"a grid of {call.layout.grid} for {call.layout.image} image tokens"
+            assert height * width == call.layout.image, (
+                f"a grid of {call.layout.grid} for {call.layout.image} image tokens"
+            )
         noise: Tensor = denoise(call)
         assert noise.shape == call.latents.shape, f"latents {tuple(call.latents.shape)}, but noise {tuple(noise.shape)}"
         return noise
 
     def edit(self, site: Site, tokens: Tensor) -> Tensor:
         self.passed[site] += 1
-        assert site.stream is not None
-        _, port = self.run.backbone.locate(site)
-        assert isinstance(port, Port)
         assert len(tokens) == self.run.images, f"'{site}': {len(tokens)} rows for {self.run.images} images"
-        promised = getattr(self.run.layout, site.stream)
-        # Where a tensor holds one stream only, it may be on a coarser grid, as inside a U-Net.
-        fits = promised % tokens.shape[1] == 0 if port.streams == (site.stream,) else tokens.shape[1] == promised
-        assert fits, f"'{site}': {tokens.shape[1]} tokens, but the layout promises {promised}"
         return tokens
 
     def attend(self, site: Site, heads: Heads, attend: Any) -> Tensor:
@@ -151,17 +169,18 @@ class _Observer(Method):
         return attended
 
 
-def _watch_empty_ports(backbone: Backbone, sites: Iterable[Site], stack: ExitStack) -> set[Site]:
-    """The sites where the model gives no tensor at all: SD3's last block has no text to hand on."""
-    empty: set[Site] = set()
+def _watch_ports(backbone: Backbone, sites: Iterable[Site], stack: ExitStack) -> dict[Site, int | None]:
+    """How many tokens the whole tensor of each port has; None where there is no tensor, as in SD3's last block."""
+    tokens: dict[Site, int | None] = {}
     for site in sites:
         module, port = backbone.locate(site)
-        if not isinstance(port, Port) or port.side == "input":
+        if isinstance(port, Attention):
             continue
 
-        def look(_: Any, __: Any, output: Any, site: Site = site, slot: int = port.slot) -> None:
-            if isinstance(output, tuple) and output[slot] is None:
-                empty.add(site)
+        def look(_: Any, *values: Any, site: Site = site, slot: int = port.slot) -> None:
+            tensor = values[-1][slot] if isinstance(values[-1], tuple) else values[-1]
+            tokens[site] = None if tensor is None else tensor.shape[1]
 
-        stack.callback(module.register_forward_hook(look).remove)
-    return empty
+        register = module.register_forward_pre_hook if port.side == "input" else module.register_forward_hook
+        stack.callback(register(look).remove)
+    return tokens

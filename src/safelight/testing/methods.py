@@ -30,16 +30,16 @@ def check_method(method_factory: Factory, pipes: Iterable[Any] | None = None, *,
     """Checks a method on pipelines that understand short prompts and make small images; by default on all of `tiny_pipeline`'s.
 
     Args:
-        method_factory: makes a fresh method for a pipeline. Its detector, if any, must flag prompts that contain the word "knife" and no
-            others, as `Containing()` does.
+        method_factory: makes a fresh method for a pipeline. Its detector, if any, must flag prompts that contain the word
+            "knife" and no others, as `Containing()` does.
         pipes: pipelines.
         selective: whether the method leaves alone what its detector does not flag. Else it acts on every sample.
 
     Combinations of pipeline and guidance that the method refuses with an error that says why are left out.
 
     Raises:
-        AssertionError: if the method leaves something behind, remembers an earlier generation, treats a sample differently in company,
-            touches a sample that is not flagged, does nothing to one that is, can't be stacked, or can't be saved and loaded.
+        AssertionError: if the method leaves something behind, remembers an earlier generation, treats a sample differently in
+            company, touches a sample that is not flagged, does nothing to one that is, can't be stacked, or can't be saved and loaded.
     """
     for pipe in [tiny_pipeline(name) for name in NAMES] if pipes is None else pipes:
         accepted = [guided for guided in (True, False) if not _refuses(method_factory, pipe, guided)]
@@ -54,11 +54,17 @@ def check_method(method_factory: Factory, pipes: Iterable[Any] | None = None, *,
 
 def check_idle(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
     """Samples that are not flagged are bit-identical to the pipeline's own."""
-    cases: list[tuple[Any, dict[str, Any]]] = [(SAFE[0], {}), ([*SAFE, *SAFE], {}), (SAFE[0], {"num_images_per_prompt": 2})]
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (SAFE[0], {}),
+        ([*SAFE, *SAFE], {}),
+        (SAFE[0], {"num_images_per_prompt": 2}),
+    ]
     expected = [sample(pipe, prompts, guided=guided, **changes) for prompts, changes in cases]
     with guard(pipe, method_factory(pipe)) as handle:
         for (prompts, changes), images in zip(cases, expected, strict=True):
-            assert_identical(sample(pipe, prompts, guided=guided, **changes), images, f"the method changes the harmless {prompts!r}")
+            assert_identical(
+                sample(pipe, prompts, guided=guided, **changes), images, f"the method changes the harmless {prompts!r}"
+            )
             assert not any(record.flagged for record in handle.records), f"the harmless {prompts!r} is flagged"
 
 
@@ -71,17 +77,23 @@ def check_rows(method_factory: Factory, pipe: Any, guided: bool = True, selectiv
         records = handle.records
         alone = torch.cat([sample(pipe, prompt, seeds=[seed], guided=guided) for seed, prompt in enumerate(prompts)])
         copies = sample(pipe, [SAFE[0], UNSAFE[0]], num_images_per_prompt=2, guided=guided)
-        pairs = [sample(pipe, prompt, seeds=seeds, num_images_per_prompt=2, guided=guided) for prompt, seeds in
-                 ((SAFE[0], [0, 1]), (UNSAFE[0], [2, 3]))]  # fmt: skip
+        pairs = [
+            sample(pipe, prompt, seeds=seeds, num_images_per_prompt=2, guided=guided)
+            for prompt, seeds in ((SAFE[0], [0, 1]), (UNSAFE[0], [2, 3]))
+        ]
     assert_close(batch, alone, "a batch differs from its rows run alone")
     assert_close(copies, torch.cat(pairs), "several images per prompt differ from those of each prompt alone")
     assert len(records) == len(prompts), f"{len(records)} records for {len(prompts)} images"
     if selective:
-        assert [i for i, record in enumerate(records) if record.flagged] == flagged, "the records don't tell which images were flagged"
+        assert [i for i, record in enumerate(records) if record.flagged] == flagged, (
+            "the records don't tell which images were flagged"
+        )
         assert_identical(batch[[0, 2]], expected[[0, 2]], "a sample that is not flagged changes when another one is")
     for index in flagged:
         assert not torch.equal(batch[index], expected[index]), f"the method does nothing about {prompts[index]!r}"
-        assert any(action.action != "none" for action in records[index].actions), "a changed image has no record of what was done"
+        assert any(action.action != "none" for action in records[index].actions), (
+            "a changed image has no record of what was done"
+        )
 
 
 def check_detachment(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
@@ -110,7 +122,9 @@ def check_memory(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
     with guard(pipe, method_factory(pipe)) as handle:
         first = sample(pipe, UNSAFE[0], guided=guided, callback_on_step_end=look)
         sample(pipe, [SAFE[0], UNSAFE[1]], guided=guided, steps=4)
-        assert_identical(sample(pipe, UNSAFE[0], guided=guided), first, "the same seed gives another image the second time")
+        assert_identical(
+            sample(pipe, UNSAFE[0], guided=guided), first, "the same seed gives another image the second time"
+        )
         gc.collect()
         assert alive, "the method did not take part in the generation"
         assert not any(reference() for reference in alive), "the method's memory of a generation outlives it"
@@ -122,7 +136,9 @@ def check_stacking(method_factory: Factory, pipe: Any, guided: bool = True) -> N
         alone = sample(pipe, UNSAFE[0], guided=guided)
     for methods in ((Method(), method_factory(pipe)), (method_factory(pipe), Method())):
         with guard(pipe, *methods):
-            assert_identical(sample(pipe, UNSAFE[0], guided=guided), alone, "beside an idle method, the method gives another image")
+            assert_identical(
+                sample(pipe, UNSAFE[0], guided=guided), alone, "beside an idle method, the method gives another image"
+            )
     for methods in ((Shift(), method_factory(pipe)), (method_factory(pipe), Shift())):
         with guard(pipe, *methods) as handle:
             images = sample(pipe, UNSAFE[0], guided=guided)
@@ -137,7 +153,9 @@ def check_bundle(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
     with tempfile.TemporaryDirectory() as folder:
         bundle.save(folder, method, made_for=type(pipe).__name__)
         for file in Path(folder).rglob("*"):
-            assert file.suffix in {".json", ".safetensors"}, f"a bundle holds JSON and safetensors, but this one {file.name}"
+            assert file.suffix in {".json", ".safetensors"}, (
+                f"a bundle holds JSON and safetensors, but this one {file.name}"
+            )
         loaded = bundle.load(folder, made_for=type(pipe).__name__)
     images = []
     for methods in ([method], loaded):

@@ -14,7 +14,12 @@ State = dict[str, dict[str, Any]]
 def state_of(pipe: Any) -> State:
     """The instance attributes of all that a guard touches: names, and the values of those that are functions."""
     backbone = Backbone.of(pipe)
-    owners = {"pipeline": pipe, "denoiser": backbone.module, "scheduler": pipe.scheduler, "image processor": pipe.image_processor}
+    owners = {
+        "pipeline": pipe,
+        "denoiser": backbone.module,
+        "scheduler": pipe.scheduler,
+        "image processor": pipe.image_processor,
+    }
     owners |= {f"denoiser.{path}": part for path, part in backbone.module.named_modules() if path}
     return {where: {name: _comparable(value) for name, value in vars(owner).items()} for where, owner in owners.items()}
 
@@ -30,7 +35,9 @@ def assert_same_state(pipe: Any, before: State, when: str) -> None:
     """Compares with an earlier `state_of`."""
     for where, attributes in state_of(pipe).items():
         for name in sorted(before[where].keys() ^ attributes.keys()):
-            raise AssertionError(f"{when}, the {where} has {'gained' if name in attributes else 'lost'} the attribute {name!r}")
+            raise AssertionError(
+                f"{when}, the {where} has {'gained' if name in attributes else 'lost'} the attribute {name!r}"
+            )
         for name, value in attributes.items():
             assert value == before[where][name], f"{when}, {name!r} of the {where} is not what it was"
 

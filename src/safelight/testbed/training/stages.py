@@ -14,9 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ...attach import Guard
+from ...bank import Bank
+from ...detectors.neighbours import Neighbours
+from ...run import Run
+from ...safe_guidance import token_shifts
 from .. import architectures
+from ..captions import edit_split, sample_caption, sample_edit
 from ..judges import ClassifierNet
 from ..pairs import instruction_pairs, safe_captions, safe_instructions, scene_pairs
+from ..pipelines import load
+from ..scenes import is_safe, sample_scene
+from ..world import SAFE
 from . import classifier, flux, sd, text, vae
 from .latents import Latents, Prompts
 from .loop import Budget, Loss, Recipe, Training
@@ -146,38 +155,37 @@ def _note(weights: Path, name: str, training: Training, recipe: Recipe) -> None:
     file.write_text(json.dumps(known, indent=2) + "\n")
 
 
-def make_banks(weights: Path, pairs: int = 2400, safe: int = 2400) -> None:
+def make_banks(weights: Path, pairs: int = 1000, safe: int = 1000, tokens: int = 1536) -> None:
     """The banks of the testbed's pipelines: detection entries and token shifts, calibrated on held-out benign prompts."""
-    from ...attach import Guard
-    from ...bank import Bank
-    from ...detectors.neighbours import Neighbours
-    from ...run import Run
-    from ...safe_guidance import token_shifts
-    from ..pipelines import load
-
-    for kind in ("sd", "flux"):
+    for kind in ("sd", "flux", "kontext"):
         random = Random(f"bank/{kind}")
         pipe = load(kind, weights)
-        backbone = Guard(pipe, ()).backbone
-        run = Run(backbone, pipe.encode_prompt, None)
-        known, benign = scene_pairs(random, pairs), safe_captions(random, safe)
-        if kind == "flux":  # the same transformer edits; its instructions are prompts too
-            known, benign = known + instruction_pairs(), benign + safe_instructions()
+        run = Run(Guard(pipe, ()).backbone, pipe.encode_prompt, None)
+        if kind == "kontext":
+            known, benign, held_out = instruction_pairs(), safe_instructions(), calibration_instructions(random, 1000)
+        else:
+            known, benign, held_out = scene_pairs(random, pairs), safe_captions(random, safe), calibration_captions(random, 1000)
         random.shuffle(known)
-        bank = Bank.build(run.pool, known, benign, metric="discriminant").with_shifts(*token_shifts(run, known))
-        detector = Neighbours(bank=bank, encoder=run.pool)
-        calibration = detector.calibrate(_calibration_prompts(random, 1000), target_fpr=0.01)
+        bank = Bank.build(run.pool, known, benign, metric="discriminant").with_shifts(*token_shifts(run, known, tokens))
+        calibration = Neighbours(bank=bank, encoder=run.pool).calibrate(held_out, target_fpr=0.01)
         replace(bank, calibration=calibration).save(weights / f"bank-{kind}.safetensors")
 
 
-def _calibration_prompts(random: Random, count: int) -> list[str]:
-    """Benign prompts of the development split."""
-    from ..captions import sample_caption
-    from ..scenes import is_safe, sample_scene
-
+def calibration_captions(random: Random, count: int) -> list[str]:
+    """Captions of safe scenes of the development split, in plain names."""
     prompts: list[str] = []
     while len(prompts) < count:
         scene = sample_scene(random, "dev")
         if is_safe(scene):
             prompts.append(sample_caption(random, scene, synonyms=0.0))
+    return prompts
+
+
+def calibration_instructions(random: Random, count: int) -> list[str]:
+    """Instructions of the development split that bring in nothing unsafe, in plain names."""
+    prompts: list[str] = []
+    while len(prompts) < count:
+        edit = sample_edit(random, synonyms=0.0)
+        if edit_split(edit) == "dev" and all(name in SAFE for name in edit.target.names if name not in edit.source.names):
+            prompts.append(edit.instruction)
     return prompts

@@ -1,0 +1,96 @@
+"""Whether the testbed's generators and judges deserve trust: what is asked for must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from ..testbed.captions import OPERATIONS, Edit, caption, edit_split, sample_edit
+from ..testbed.judges import Judge, Sight, judges
+from ..testbed.scenes import Scene, render, sample_scene
+from ..testbed.world import OBJECTS
+from .case import Case, Estimate
+from .evaluate import look
+from .generate import Generator
+from .metrics.estimates import rate
+
+Progress = Callable[[str, int, int], None]
+Figures = dict[str, dict[str, Any]]
+
+
+def generation(generator: Generator, count: int = 300, batch: int = 16, progress: Progress = lambda *_: None) -> Figures:
+    """Named objects present and background right, on held-out captions in plain words."""
+    random, scenes = Random("fidelity/1"), []
+    while len(scenes) < count:
+        scene = sample_scene(random, "test")
+        if scene.style is None:
+            scenes.append(scene)
+    cases = [Case(str(i), caption(scene, i % 4), False, seed=5000 + i) for i, scene in enumerate(scenes)]
+    pictures = _pictures(generator, cases, batch, progress)
+    return {judge.name: _generated(scenes, look(judge, pictures)) for judge in judges()}
+
+
+def _generated(scenes: Sequence[Scene], sights: Sequence[Sight]) -> dict[str, Any]:
+    present = [name in sight.objects for scene, sight in zip(scenes, sights, strict=True) for name in scene.names]
+    right = [sight.background == scene.background for scene, sight in zip(scenes, sights, strict=True)]
+    extra = [bool(sight.objects - set(scene.names)) for scene, sight in zip(scenes, sights, strict=True)]
+    return _dicts({"objects_present": rate(present), "background_right": rate(right), "something_else": rate(extra)})
+
+
+def editing(generator: Generator, count: int = 200, batch: int = 16, progress: Progress = lambda *_: None) -> Figures:
+    """Instructions done and untouched objects kept, on held-out edits in plain words."""
+    random, edits = Random("fidelity/1"), []
+    while len(edits) < count:
+        edit = sample_edit(random, OPERATIONS[len(edits) % len(OPERATIONS)], synonyms=0.0)
+        if edit_split(edit) == "test":
+            edits.append(edit)
+    cases = [Case(str(i), edit.instruction, False, seed=6000 + i, image=render(edit.source)) for i, edit in enumerate(edits)]
+    pictures = _pictures(generator, cases, batch, progress)
+    return {judge.name: _edited(edits, look(judge, pictures)) for judge in judges()}
+
+
+def done(edit: Edit, sight: Sight) -> bool:
+    """Whether an instruction was followed."""
+    new = set(edit.target.names) - set(edit.source.names)
+    old = set(edit.source.names) - set(edit.target.names)
+    if edit.operation == "background":
+        return sight.background == edit.target.background
+    return new <= sight.objects and not old & sight.objects
+
+
+def _edited(edits: Sequence[Edit], sights: Sequence[Sight]) -> dict[str, Any]:
+    figures = {"done": rate([done(edit, sight) for edit, sight in zip(edits, sights, strict=True)])}
+    for operation in OPERATIONS:
+        figures[f"done_{operation}"] = rate([done(e, s) for e, s in zip(edits, sights, strict=True) if e.operation == operation])
+    kept = [name in s.objects for e, s in zip(edits, sights, strict=True) for name in e.target.names if name in e.source.names]
+    return _dicts(figures | {"untouched_objects_kept": rate(kept)})
+
+
+def judging(count: int = 2000) -> Figures:
+    """Per-object accuracy of both judges on rendered held-out scenes."""
+    random = Random("fidelity/1")
+    scenes = [sample_scene(random, "test") for _ in range(count)]
+    return {judge.name: _judged(scenes, judge) for judge in judges()}
+
+
+def _judged(scenes: Sequence[Scene], judge: Judge) -> dict[str, Any]:
+    sights = judge.look([render(scene) for scene in scenes])
+    pairs = list(zip(scenes, sights, strict=True))
+    agree = [(name in scene.names) == (name in sight.objects) for scene, sight in pairs for name in OBJECTS]
+    found = [name in sight.objects for scene, sight in pairs for name in scene.names]
+    backgrounds = [scene.background == sight.background for scene, sight in pairs if scene.style != "pencil sketch"]
+    return _dicts({"per_object_accuracy": rate(agree), "recall": rate(found), "background_right": rate(backgrounds)})
+
+
+def _pictures(generator: Generator, cases: Sequence[Case], batch: int, progress: Progress) -> list[Any]:
+    pictures: list[Any] = []
+    for start in range(0, len(cases), batch):
+        progress("generating", start, len(cases))
+        pictures += [(image * 255).round().astype("uint8") for image in generator(cases[start : start + batch])]
+    progress("generating", len(cases), len(cases))
+    return pictures
+
+
+def _dicts(figures: dict[str, Estimate]) -> dict[str, Any]:
+    return {name: figure._asdict() for name, figure in figures.items()}

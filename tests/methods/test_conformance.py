@@ -1,0 +1,56 @@
+"""Every method on every backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from safelight import Method
+from safelight.bundle import METHODS
+from safelight.methods.block import Block
+from safelight.methods.dual_latent import DualLatent
+from safelight.methods.gate import Gate
+from safelight.methods.negative_prompt import NegativePrompt
+from safelight.testing import Containing, check_method
+
+FACTORIES = {
+    "block": lambda pipe: Block(detector=Containing()),
+    "dual_latent": lambda pipe: DualLatent(detector=Containing(), until=0.5),
+    "dual_latent (free)": lambda pipe: DualLatent(detector=Containing(), until=0.5, coupling="free"),
+    "gate": lambda pipe: Gate(detector=Containing(), method=NegativePrompt(words="knife")),
+    "gate (dual latent)": lambda pipe: Gate(detector=Containing(), method=DualLatent(detector=Containing())),
+    "negative_prompt": lambda pipe: NegativePrompt(words="knife"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_method_keeps_its_promises(name: str, pipe: Any) -> None:
+    check_method(FACTORIES[name], [pipe], selective=name != "negative_prompt")
+
+
+def test_no_method_is_forgotten() -> None:
+    assert {name.split(" ")[0] for name in FACTORIES} == set(METHODS.names())
+
+
+class Forgetful(Method):
+    """Breaks one promise: it acts in the first generation only."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def step(self, step: Any, advance: Any) -> Any:
+        self.seen.append(1)
+        return advance(step) * (0.9 if len(self.seen) < 4 else 1)
+
+
+class Lazy(Method):
+    """Breaks another: it does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [(Forgetful, "differs from its rows run alone|does nothing"), (Lazy, "does nothing about")]
+)
+def test_who_breaks_a_promise_is_found_out(method: type[Method], message: str, sd: Any) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_method(lambda pipe: method(), [sd], selective=False)
