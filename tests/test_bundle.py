@@ -11,6 +11,7 @@ import torch
 
 from safelight import Method, bundle, guard
 from safelight.bank import Bank, Pair
+from safelight.detectors.llm import LanguageModel
 from safelight.detectors.neighbours import Neighbours
 from safelight.errors import ArtefactError
 from safelight.methods.block import Block
@@ -107,3 +108,16 @@ def test_rewrite_is_stored(tmp_path: Path) -> None:
     (method,) = bundle.load(saved(tmp_path, guidance=Rewrite("a cat")))
     assert isinstance(method, DualLatent)
     assert method.guidance == Rewrite("a cat")
+
+
+def test_where_keys_are_sent_is_not_a_bundles_business(tmp_path: Path) -> None:
+    model = LanguageModel(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="SECRET")
+    bundle.save(tmp_path, Block(detector=model))
+    text = (tmp_path / "method.json").read_text()
+    assert "SECRET" not in text
+    assert "127.0.0.1" not in text
+    (block,) = bundle.load(tmp_path, changes={"llm.base_url": "http://127.0.0.1:8/v1"})
+    assert block.detector.base_url == "http://127.0.0.1:8/v1"
+    (tmp_path / "method.json").write_text(text.replace('"model": "m"', '"model": "m", "api_key_env": "HOME"'))
+    with pytest.raises(ArtefactError, match=r"llm.api_key_env, which only you may set"):
+        bundle.load(tmp_path, changes={"llm.base_url": "http://127.0.0.1:8/v1"})

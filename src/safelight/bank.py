@@ -105,7 +105,10 @@ class Bank:
         Raises:
             ArtefactError: if it is not.
         """
-        own = embed_all(encode, PROBES)
+        self.check_probes(embed_all(encode, PROBES))
+
+    def check_probes(self, own: Tensor) -> None:
+        """The same, given the encoder's embeddings of `PROBES`, [probes, width]."""
         if own.shape[1] != self.embeddings.shape[1]:
             raise ArtefactError(
                 f"this bank holds embeddings of width {self.embeddings.shape[1]}, the encoder gives {own.shape[1]}; build a bank with this "

@@ -87,7 +87,8 @@ class _Writer:
             return [self.describe(item) for item in value]
         if is_dataclass(value) and not isinstance(value, type):
             kind, name = _name_of(value)
-            return {"kind": kind, "name": name, "fields": {f.name: self.describe(getattr(value, f.name)) for f in fields(value) if f.init}}
+            stored = [f.name for f in fields(value) if f.init and "local" not in f.metadata]
+            return {"kind": kind, "name": name, "fields": {field: self.describe(getattr(value, field)) for field in stored}}
         raise ValueError(f"a bundle can't store {type(value).__name__}; artefacts are numbers, texts, banks, detectors and methods")
 
     def _bank(self, bank: Bank) -> str:
@@ -137,9 +138,13 @@ class _Reader:
         if kind not in makers:
             raise ArtefactError(f"{self.folder}/method.json holds an unknown kind of part: {kind!r}")
         name = described["name"]
-        for key in [key for key in self.changes if key.startswith(f"{name}.") and key.split(".", 1)[1] in given]:
-            given[key.split(".", 1)[1]] = self.changes.pop(key)
         try:
-            return makers[kind](name)(**given)
+            maker = makers[kind](name)
+            local = {f.name for f in fields(maker) if "local" in f.metadata} if is_dataclass(maker) else set()
+            if local & set(given):  # a stranger's bundle must not say where this machine sends its keys
+                raise ArtefactError(f"{self.folder}/method.json sets {name}.{min(local & set(given))}, which only you may set; pass it as a change")
+            for key in [key for key in self.changes if key.startswith(f"{name}.") and key.split(".", 1)[1] in {*given, *local}]:
+                given[key.split(".", 1)[1]] = self.changes.pop(key)
+            return maker(**given)
         except (TypeError, KeyError) as error:
             raise ArtefactError(f"{self.folder}/method.json doesn't fit this version of {name!r}: {error}") from error

@@ -58,10 +58,19 @@ class Detector(Generic[Item]):
         return [Verdict(score, self.threshold, score > self.threshold, self.concept) for score in scores]
 
     def calibrate(self, benign: Sequence[Item], target_fpr: float = 0.01, confidence: float = 0.95) -> Calibration:
-        """Sets the threshold so that at most `target_fpr` of benign items are flagged, with `confidence`."""
-        self.calibration = Calibration.fit([float(score) for score in self(benign)], target_fpr, confidence, items=benign)
-        self.threshold = self.calibration.threshold
-        return self.calibration
+        """Sets the threshold so that at most `target_fpr` of benign items are flagged, with `confidence`.
+
+        Raises:
+            ValueError: if that takes a threshold that no score exceeds: the detector would be off, and look on.
+        """
+        calibration = Calibration.fit([float(score) for score in self(benign)], target_fpr, confidence, items=benign)
+        if calibration.threshold >= 1:
+            raise ValueError(
+                f"too many benign items get the highest score for a false-positive rate of {target_fpr:g}: the detector would never flag "
+                "anything; allow more false positives, or use finer scores (more neighbours, say)"
+            )
+        self.calibration, self.threshold = calibration, calibration.threshold
+        return calibration
 
 
 def highest(verdicts: Sequence[Verdict]) -> Verdict:

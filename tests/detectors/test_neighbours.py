@@ -107,7 +107,7 @@ def test_an_encoder_the_bank_was_not_made_with_is_refused(bank: Bank) -> None:
     with pytest.raises(ArtefactError, match="another encoder"):
         Neighbours(bank=bank, encoder=other_encoder)(["a cat"])
     with pytest.raises(ArtefactError, match="another encoder"):
-        Neighbours(bank=bank).within(Pipeline(other_encoder))  # type: ignore[arg-type]
+        Neighbours(bank=bank).within(Pipeline(other_encoder))(["a cat"])  # type: ignore[arg-type]
 
 
 def test_a_replaced_encoder_is_checked_anew(bank: Bank) -> None:

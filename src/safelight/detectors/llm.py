@@ -40,13 +40,13 @@ class LanguageModel(Detector[str]):
     Prompts leave this machine unless `base_url` is on it. Nothing is remembered between calls.
     """
 
-    base_url: str
+    base_url: str = field(metadata={"local": True})
     """Where the endpoint is, for instance "http://127.0.0.1:8000/v1"."""
     model: str
     """The model's name at this endpoint."""
     policy: str = "sexual content, violence, hate, harassment, self-harm, shocking content, illegal activity"
     """What counts as unsafe, in words."""
-    api_key_env: str = ""
+    api_key_env: str = field(default="", metadata={"local": True})
     """The environment variable that holds the API key; empty: the endpoint needs none."""
     timeout: Annotated[float, Gt(0)] = 20.0
     """Seconds until an answer must be complete, for each attempt."""

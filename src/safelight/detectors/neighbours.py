@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from ..bank import Bank, Encoder, embed_all
+from ..bank import PROBES, Bank, Encoder, embed_all
 from ..calibration import Calibration
 from ..detector import Context, Detector, Verdict
 
@@ -42,19 +42,12 @@ class Neighbours(Detector[str]):
         if self.calibration is None and self.bank.calibration is not None and self.threshold == 0.5:
             self.calibration, self.threshold = self.bank.calibration, self.bank.calibration.threshold
 
-        self.checked = False
-
     def within(self, context: Context) -> Self:
-        """Uses the pipeline's text encoder, unless the detector has its own.
-
-        Raises:
-            ArtefactError: if the bank was made with another encoder.
-        """
+        """Uses the pipeline's text encoder, unless the detector has its own."""
         if self.encoder is not None:
             return self
         bound = copy.copy(self)
         bound.encoder = context.pool
-        bound._check()
         return bound
 
     def __call__(self, items: Sequence[str]) -> Tensor:
@@ -75,22 +68,16 @@ class Neighbours(Detector[str]):
             for score, concept in zip(scores, concepts, strict=True)
         ]
 
-    def _check(self) -> Encoder:
-        """The encoder, once it is known to fit the bank."""
-        if self.encoder is None:
-            raise ValueError("this detector has no encoder of its own; use it in a guarded pipeline, or give it one (`encoder=`)")
-        if not self.checked:
-            self.bank.check(self.encoder)
-            self.checked = True
-        return self.encoder
-
     def _votes(self, items: Sequence[str]) -> Tensor:
         """Each item's share of votes for safe and for each category, [batch, 1 + categories]."""
-        encoder = self._check()
+        if self.encoder is None:
+            raise ValueError("this detector has no encoder of its own; use it in a guarded pipeline, or give it one (`encoder=`)")
         votes = torch.zeros(len(items), 1 + len(self.bank.categories))
         if not items:
             return votes
-        distances = self.bank.distances(embed_all(encoder, items))  # [batch, entries]
+        embeddings = embed_all(self.encoder, [*PROBES, *items])  # in one go: the encoder must be the bank's, each time
+        self.bank.check_probes(embeddings[: len(PROBES)])
+        distances = self.bank.distances(embeddings[len(PROBES) :])  # [batch, entries]
         nearest = distances.topk(min(self.k, distances.shape[1]), dim=1, largest=False)
         weights = (-nearest.values / (2 * self.temperature * self._scale(nearest.values))).softmax(dim=1)
         return votes.scatter_add_(1, self.bank.labels[nearest.indices], weights)

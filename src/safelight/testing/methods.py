@@ -38,8 +38,9 @@ def check_method(method_factory: Factory, pipes: Iterable[Any] | None = None, *,
     Combinations of pipeline and guidance that the method refuses with an error that says why are left out.
 
     Raises:
-        AssertionError: if the method leaves something behind, remembers an earlier generation, treats a sample differently in
-            company, touches a sample that is not flagged, does nothing to one that is, can't be stacked, or can't be saved and loaded.
+        AssertionError: if the method leaves something behind, remembers an earlier generation, treats a sample differently
+            in company, touches a sample that is not flagged, does nothing to one that is, can't be stacked, or can't be
+            saved and loaded.
     """
     for pipe in [tiny_pipeline(name) for name in NAMES] if pipes is None else pipes:
         accepted = [guided for guided in (True, False) if not _refuses(method_factory, pipe, guided)]
