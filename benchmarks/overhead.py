@@ -1,6 +1,6 @@
 """Seconds and denoiser rows of each guard against the unguarded pipeline, interleaved in one run.
 
-    python benchmarks/overhead.py --pipeline testbed/sd --batch 4 --repeats 9 --json overhead.json
+python benchmarks/overhead.py --pipeline testbed/sd --batch 4 --repeats 9 --json overhead.json
 """
 
 from __future__ import annotations
@@ -43,8 +43,14 @@ def main() -> None:
     rows = []
     for kind, name, settings in ARMS:
         cases = find("testbed/weapons" if kind == "unsafe" else "testbed/benign").cases(arguments.batch)
-        rows.append({"prompts": kind, "guard": name, "settings": settings} | measure(generator, build([name], arguments.pipeline, settings), cases, arguments.repeats))
-        print(f"{kind:<8}{name:<17}{' '.join(settings):<30}{rows[-1]['ratio']:.3f}x  [{rows[-1]['low']:.3f}, {rows[-1]['high']:.3f}]", flush=True)
+        rows.append(
+            {"prompts": kind, "guard": name, "settings": settings}
+            | measure(generator, build([name], arguments.pipeline, settings), cases, arguments.repeats)
+        )
+        print(
+            f"{kind:<8}{name:<17}{' '.join(settings):<30}{rows[-1]['ratio']:.3f}x  [{rows[-1]['low']:.3f}, {rows[-1]['high']:.3f}]",
+            flush=True,
+        )
     if arguments.json:
         facts = {"pipeline": arguments.pipeline, "batch": arguments.batch, "threads": torch.get_num_threads(), "torch": torch.__version__}
         arguments.json.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")

@@ -89,7 +89,9 @@ def plot(known: dict[str, Any], out: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
-    for axis, (name, label) in zip(axes, (("erase_rate", "erase rate"), ("retention", "retention"), ("distance", "distance to base")), strict=True):
+    for axis, (name, label) in zip(
+        axes, (("erase_rate", "erase rate"), ("retention", "retention"), ("distance", "distance to base")), strict=True
+    ):
         for weight in WEIGHTS:
             rows = [row for row in known.values() if row["safe_weight"] == weight]
             axis.plot([row["until"] for row in rows], [row[name] for row in rows], marker="o", label=f"w_ξ = {weight:g}")

@@ -57,9 +57,7 @@ def _plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     info = folder / "containing-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: containing\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[safelight.detectors]\ncontaining = safelight.testing.containing:Containing\n"
-    )
+    (info / "entry_points.txt").write_text("[safelight.detectors]\ncontaining = safelight.testing.containing:Containing\n")
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     yield

@@ -104,9 +104,7 @@ def test_a_foreign_attention_backend_is_refused(flux: Any) -> None:
 def test_a_replaced_scheduler_is_noticed(pipe: Any) -> None:
     with guard(pipe, Method()):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        with pytest.raises(
-            SafetyBypassed, match="scheduler or image processor was replaced after the guard was attached"
-        ):
+        with pytest.raises(SafetyBypassed, match="scheduler or image processor was replaced after the guard was attached"):
             sample(pipe, SAFE)
 
 
@@ -142,9 +140,7 @@ def test_a_block_that_runs_twice_is_noticed(flux: Any, monkeypatch: pytest.Monke
 
 def test_a_processor_that_bypasses_sdpa_is_noticed(sd: Any) -> None:
     class Bypass:
-        def __call__(
-            self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
-        ) -> Tensor:
+        def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
             return hidden_states
 
     with guard(sd, Look("middle.0.cross")):
@@ -209,9 +205,7 @@ def test_embeddings_without_text(pipe: Any, detector: Containing) -> None:
     if embedding.pooled is not None:
         given["pooled_prompt_embeds"] = embedding.pooled
     if _name_of(pipe) in ("sd", "sd3"):
-        given |= {
-            f"negative_{name}": tensor for name, tensor in zip(given, (negative.text, negative.pooled), strict=False)
-        }
+        given |= {f"negative_{name}": tensor for name, tensor in zip(given, (negative.text, negative.pooled), strict=False)}
     expected = sample(pipe, None, **given)
     with guard(pipe, Method()) as handle:
         assert torch.equal(sample(pipe, None, **given), expected)
@@ -226,12 +220,8 @@ def test_embeddings_without_text(pipe: Any, detector: Containing) -> None:
 # Prompts for several encoders.
 
 
-@pytest.mark.parametrize(
-    ("name", "others"), [("flux", ("prompt_2",)), ("kontext", ("prompt_2",)), ("sd3", ("prompt_2", "prompt_3"))]
-)
-def test_a_prompt_for_another_encoder_is_judged_and_rewritten(
-    name: str, others: tuple[str, ...], detector: Containing
-) -> None:
+@pytest.mark.parametrize(("name", "others"), [("flux", ("prompt_2",)), ("kontext", ("prompt_2",)), ("sd3", ("prompt_2", "prompt_3"))])
+def test_a_prompt_for_another_encoder_is_judged_and_rewritten(name: str, others: tuple[str, ...], detector: Containing) -> None:
     pipe = tiny_pipeline(name)
     for other in others:
         with guard(pipe, DualLatent(detector=detector)) as handle:
@@ -243,9 +233,7 @@ def test_a_prompt_for_another_encoder_is_judged_and_rewritten(
     different = sample(pipe, "a dog", **{others[-1]: UNSAFE})
     assert not torch.equal(expected, different)
     with guard(pipe, Reword()):
-        assert torch.equal(sample(pipe, UNSAFE, **dict.fromkeys(others, SAFE)), expected), (
-            "the new prompt doesn't reach all encoders"
-        )
+        assert torch.equal(sample(pipe, UNSAFE, **dict.fromkeys(others, SAFE)), expected), "the new prompt doesn't reach all encoders"
         assert torch.equal(sample(pipe, UNSAFE), expected)
 
 
@@ -307,9 +295,7 @@ def test_other_schedulers_and_eta(sd: Any) -> None:
     expected = sample(sd, SAFE, eta=1.0)
     assert not torch.equal(expected, sample(sd, SAFE)), "eta does not reach the scheduler"
     with guard(sd, Method()):
-        assert torch.equal(sample(sd, SAFE, eta=1.0), expected), (
-            "the guard hides the signature of `step` from the pipeline"
-        )
+        assert torch.equal(sample(sd, SAFE, eta=1.0), expected), "the guard hides the signature of `step` from the pipeline"
 
 
 def _in_threads(tasks: list[Callable[[], None]]) -> None:

@@ -43,9 +43,7 @@ def test_a_branch_ends_where_its_prompt_alone_would(pipe: Any) -> None:
     with guard(pipe, aside):
         for _ in range(2):  # a scheduler that was copied too early fails in the second generation
             aside.ends.clear()
-            assert torch.equal(sample(pipe, PROMPTS, output_type="latent"), expected), (
-                "a branch disturbs the main trajectory"
-            )
+            assert torch.equal(sample(pipe, PROMPTS, output_type="latent"), expected), "a branch disturbs the main trajectory"
     assert torch.allclose(aside.ends[-1][[0, 2]], alone[[0, 2]], atol=1e-3)
 
 
@@ -65,9 +63,7 @@ def test_generators_are_not_used_up() -> None:
     for given in (one, many):
         copies = own_randomness({"generator": given, "eta": 0.5})
         assert copies["eta"] == 0.5
-        for generator, clone in zip(
-            given if isinstance(given, list) else [given], _listed(copies["generator"]), strict=True
-        ):
+        for generator, clone in zip(given if isinstance(given, list) else [given], _listed(copies["generator"]), strict=True):
             drawn = torch.randn(3, generator=clone)
             assert torch.equal(torch.randn(3, generator=generator), drawn)
     assert own_randomness({"generator": None}) == {"generator": None}

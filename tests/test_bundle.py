@@ -86,9 +86,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
         (json.dumps(document | {"methods": [{"kind": "pickle", "name": "x"}]}), "unknown kind of part: 'pickle'"),
         (json.dumps(document | {"methods": [{"kind": "bank", "file": "../secret"}]}), "points outside the bundle"),
         (
-            json.dumps(
-                document | {"methods": [{"kind": "method", "name": "negative_prompt", "fields": {"wrods": "x"}}]}
-            ),
+            json.dumps(document | {"methods": [{"kind": "method", "name": "negative_prompt", "fields": {"wrods": "x"}}]}),
             "doesn't fit this version",
         ),
     ):

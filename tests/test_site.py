@@ -21,9 +21,7 @@ def test_an_address_round_trips(block: str, index: int | None, part: str | None,
     assert Site.parse(site.kind) == Site(block, None, part, stream)
 
 
-@pytest.mark.parametrize(
-    "address", ["", "joint.", "joint.3:sound", "Joint.3", "joint.3.attention.more.parts", ":image", "joint.-1"]
-)
+@pytest.mark.parametrize("address", ["", "joint.", "joint.3:sound", "Joint.3", "joint.3.attention.more.parts", ":image", "joint.-1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match=r"not a site.*single\.10\.attention:image"):
         Site.parse(address)

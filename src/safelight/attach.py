@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,17 @@ from .run import Run
 from .schema import check
 from .tap import Taps
 from .wrapping import Turnstile, wrap
+
+
+@dataclass
+class _Progress:
+    """How far one generation has come."""
+
+    active: bool = False
+    encoded: bool = False
+    decoded: bool = False
+    turn: int = 0
+    """Denoiser calls since the last step."""
 
 
 def guard(pipe: Any, *methods: Method) -> Guard:
@@ -49,7 +60,7 @@ class Guard:
         self.records: list[Record] = []
         """What was done to each image of the latest generation that ended well."""
         self._chain: list[Method] = []  # the copies that live for one generation
-        self._progress = SimpleNamespace(encoded=False, turn=0)
+        self._progress = _Progress()
         self._turnstile = Turnstile(pipe)
         self._seams = self._current_seams()
         self._undo = ExitStack()
@@ -95,7 +106,9 @@ class Guard:
         if getattr(module, "is_cache_enabled", False) or any(_skips_blocks(part) for part in module.modules()):
             raise UnsupportedPipeline("a block cache skips blocks and with them the guard; call `disable_cache()` on the denoiser first")
         if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()):
-            raise UnsupportedPipeline("the denoiser is compiled, and its activations are out of reach; attach the guard to the plain module")
+            raise UnsupportedPipeline(
+                "the denoiser is compiled, and its activations are out of reach; attach the guard to the plain module"
+            )
         if self._current_seams() != self._seams:
             raise SafetyBypassed("the denoiser, scheduler or image processor was replaced after the guard was attached; attach it again")
 
@@ -110,13 +123,14 @@ class Guard:
         self._turnstile.enter()
         self._check_conflicts()
         self.run, self.records, self._chain = None, [], []
-        self._progress = SimpleNamespace(encoded=False, turn=0)
+        self._progress = _Progress()
         result = original(*args, **kwargs)
         self._chain = [copy(method) for method in self.methods]
+        self._progress.active = True
         return result
 
     def _encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._progress.encoded or not self._chain:  # FLUX encodes the negative prompt in a second call; users may encode at will
+        if self._progress.encoded or not self._progress.active:  # FLUX encodes the negative prompt in a second call; users may encode at will
             return original(*args, **kwargs)
         self._progress.encoded = True
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -168,7 +182,9 @@ class Guard:
     def _step(self, original: Callable[..., Any], model_output: Tensor, timestep: Any, sample: Tensor, **rest: Any) -> Any:
         run = self._active("the scheduler")
         if not self._progress.turn:
-            raise SafetyBypassed("the scheduler moved on although the guarded denoiser was not called; was it replaced, compiled or cached?")
+            raise SafetyBypassed(
+                "the scheduler moved on although the guarded denoiser was not called; was it replaced, compiled or cached?"
+            )
 
         def base(step: Step) -> Tensor:
             return original(step.noise, step.timestep, step.latents, **dict(step.rest) | {"return_dict": False})[0]
@@ -178,7 +194,7 @@ class Guard:
         return (latents,) if rest.get("return_dict") is False else SimpleNamespace(prev_sample=latents)
 
     def _decode(self, original: Callable[..., Any], image: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._chain:  # a direct use of the image processor, outside a generation
+        if not self._progress.active:  # a direct use of the image processor, outside a generation
             return original(image, *args, **kwargs)
         run = self._active("the image processor")
         self._check_complete(run)
@@ -189,22 +205,22 @@ class Guard:
         return self._fold("decode", lambda images: original(images, *args, **kwargs))(image)
 
     def _end(self, original: Callable[..., Any]) -> Any:
-        if self._chain and self.run is not None:
+        if self._progress.active and self.run is not None:
             self._check_complete(self.run)
-            if not getattr(self._progress, "decoded", False) and any(_overrides(method, "decode") for method in self.methods):
+            if not self._progress.decoded and any(_overrides(method, "decode") for method in self.methods):
                 raise SafetyBypassed("a guard examines or changes images, but none were decoded; use another output_type")
             self.records = self.run.records(len(self._chain))
             self.run.call = None
-        elif self._chain:
+        elif self._progress.active:
             raise SafetyBypassed("the pipeline ended without encoding a prompt through the guard; the images are withheld")
-        self._chain = []  # with the copies goes all that this generation remembered
+        self._chain, self._progress = [], _Progress()  # with the copies goes all that this generation remembered
         try:
             return original()
         finally:
             self._turnstile.leave()  # not before the models are offloaded: the next generation would find them moving
 
     def _active(self, who: str) -> Run:
-        if not self._chain or self.run is None:
+        if not self._progress.active or self.run is None:
             raise SafetyBypassed(f"{who} was called outside a guarded generation; call the pipeline, or remove the guard")
         return self.run
 

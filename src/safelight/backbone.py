@@ -119,7 +119,12 @@ class Backbone:
     def embed(self, prompts: Sequence[str], encode_prompt: Callable[..., Any]) -> Embedding:
         """Encodes prompts on their own, without negatives."""
         names = inspect.signature(encode_prompt).parameters
-        given = {"prompt": list(prompts), "device": self.pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        given = {
+            "prompt": list(prompts),
+            "device": self.pipe._execution_device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }
         required = {name: None for name, p in names.items() if p.default is p.empty and name not in given}
         outputs = encode_prompt(**required, **{name: value for name, value in given.items() if name in names})
         return Embedding(**dict(zip(self.encoded, outputs, strict=False)))

@@ -35,7 +35,9 @@ class Branch:
         own = call.take(self.positions)
         if self.latents is not None:
             timestep = call.timestep.flatten()[0]
-            inputs = self._scheduler.scale_model_input(self.latents, timestep) if hasattr(self._scheduler, "scale_model_input") else self.latents
+            inputs = (
+                self._scheduler.scale_model_input(self.latents, timestep) if hasattr(self._scheduler, "scale_model_input") else self.latents
+            )
             inputs = inputs[self.positions]
             own = replace(own, latents=inputs.repeat(len(own.text) // len(inputs), *[1] * (inputs.ndim - 1)).to(own.latents.dtype))
         if self.prompt is not None and own.conditional:

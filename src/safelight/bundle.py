@@ -142,7 +142,9 @@ class _Reader:
             maker = makers[kind](name)
             local = {f.name for f in fields(maker) if "local" in f.metadata} if is_dataclass(maker) else set()
             if local & set(given):  # a stranger's bundle must not say where this machine sends its keys
-                raise ArtefactError(f"{self.folder}/method.json sets {name}.{min(local & set(given))}, which only you may set; pass it as a change")
+                raise ArtefactError(
+                    f"{self.folder}/method.json sets {name}.{min(local & set(given))}, which only you may set; pass it as a change"
+                )
             for key in [key for key in self.changes if key.startswith(f"{name}.") and key.split(".", 1)[1] in {*given, *local}]:
                 given[key.split(".", 1)[1]] = self.changes.pop(key)
             return maker(**given)

@@ -34,7 +34,9 @@ def load_pipeline(name: str) -> Any:
         return DiffusionPipeline.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ArtefactError(f"the pipeline {name!r} can't be loaded: {first} (use testbed/sd, testbed/flux, a local folder or a Hub id)") from error
+        raise ArtefactError(
+            f"the pipeline {name!r} can't be loaded: {first} (use testbed/sd, testbed/flux, a local folder or a Hub id)"
+        ) from error
 
 
 def call_settings(name: str) -> dict[str, Any]:
@@ -73,7 +75,9 @@ def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), ba
         else:
             methods.append(_by_name(guard, pipeline, changes, bank))
     if changes:
-        raise ValueError(f"--set {sorted(changes)[0]} fits none of the guards {', '.join(guards) or '(none given)'}; write guard.field=value")
+        raise ValueError(
+            f"--set {sorted(changes)[0]} fits none of the guards {', '.join(guards) or '(none given)'}; write guard.field=value"
+        )
     return methods
 
 
@@ -114,7 +118,7 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
 
 
 def _detector(pipeline: str, changes: dict[str, str], bank: Path | None) -> Detector[str]:
-    cls = DETECTORS["neighbours"]
+    cls: Any = DETECTORS["neighbours"]
     own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith("neighbours.")}
     return cls(bank=_bank(pipeline, bank), **{field: field_of(cls, field).parse(text) for field, text in own.items()})
 
@@ -124,11 +128,18 @@ def _bank(pipeline: str, bank: Path | None) -> Bank:
         return Bank.load(bank)
     if pipeline.startswith("testbed/"):
         return testbed_bank(pipeline)
-    raise ArtefactError(f"this guard needs a bank of known prompts for {pipeline!r}; make one with `safelight bank`, and pass it as --bank FILE")
+    raise ArtefactError(
+        f"this guard needs a bank of known prompts for {pipeline!r}; make one with `safelight bank`, and pass it as --bank FILE"
+    )
 
 
 def _guidance(name: str, bank: Bank) -> SafeGuidance:
-    makers: Mapping[str, Any] = {"arithmetic": lambda: Arithmetic(bank), "twin": lambda: NearestTwin(bank), "context": InContext, "rewrite": Rewrite}
+    makers: Mapping[str, Any] = {
+        "arithmetic": lambda: Arithmetic(bank),
+        "twin": lambda: NearestTwin(bank),
+        "context": InContext,
+        "rewrite": Rewrite,
+    }
     if name not in makers:
         raise ValueError(f"guidance={name!r} is not one of {', '.join(GUIDANCE)}")
     maker = makers["context" if name == "arithmetic" and bank.tokens is None else name]

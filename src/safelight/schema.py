@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ class Field:
             try:
                 value: Any = int(text) if self.kind == "integer" else float(text)
             except ValueError:
-                raise ValueError(f"{self.name}={text!r} is not {'an integer' if self.kind == 'integer' else 'a number'}{self.range}") from None
+                raise ValueError(
+                    f"{self.name}={text!r} is not {'an integer' if self.kind == 'integer' else 'a number'}{self.range}"
+                ) from None
             self.check(value)
             return value
         if self.kind == "artefact":
@@ -126,7 +129,7 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 
 def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
         if named and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             yield statement.target.id, inspect.cleandoc(str(following.value.value))  # type: ignore[attr-defined]

@@ -14,7 +14,8 @@ _ADDRESS = re.compile(rf"([a-z]+)(?:\.(\d+))?(?:\.([a-z]+))?(?::({'|'.join(get_a
 @dataclass(frozen=True)
 class Site:
     """An address: `joint.3:image` is a residual stream, `joint.3.attention:image` an attention's output,
-    `joint.3.attention` the attention itself, and `prompt:text` the prompt as the denoiser receives it."""
+    `joint.3.attention` the attention itself, and `prompt:text` the prompt as the denoiser receives it.
+    """
 
     block: str
     index: int | None = None

@@ -48,9 +48,7 @@ class Lazy(Method):
     """Breaks another: it does nothing."""
 
 
-@pytest.mark.parametrize(
-    ("method", "message"), [(Forgetful, "differs from its rows run alone|does nothing"), (Lazy, "does nothing about")]
-)
+@pytest.mark.parametrize(("method", "message"), [(Forgetful, "differs from its rows run alone|does nothing"), (Lazy, "does nothing about")])
 def test_who_breaks_a_promise_is_found_out(method: type[Method], message: str, sd: Any) -> None:
     with pytest.raises(AssertionError, match=message):
         check_method(lambda pipe: method(), [sd], selective=False)

@@ -46,9 +46,7 @@ def test_until_0_is_sampling_with_safe_guidance(pipe: Any, coupling: Coupling, g
 def test_until_1_without_safe_weight_is_the_base_model(pipe: Any, coupling: Coupling, guided: bool) -> None:
     images = guarded(pipe, dual(until=1, safe_weight=0, coupling=coupling), [UNSAFE, SAFE], guided=guided)
     # FLUX's guidance scale is measured, not told, so the free branch repeats it up to rounding.
-    assert torch.allclose(
-        images, sample(pipe, [UNSAFE, SAFE], guided=guided), atol=1e-3 if coupling == "free" else 1e-5
-    )
+    assert torch.allclose(images, sample(pipe, [UNSAFE, SAFE], guided=guided), atol=1e-3 if coupling == "free" else 1e-5)
 
 
 @both
@@ -164,11 +162,7 @@ def test_weights_are_normalised(sd: Any) -> None:
 def test_renorm_keeps_the_spread_of_the_latents(sd: Any) -> None:
     """The mean of two latents that differ has a smaller standard deviation than either."""
     spread = {
-        renorm: float(
-            guarded(
-                sd, dual(coupling="free", until=1, safe_weight=0.5, renorm=renorm), output_type="latent", steps=5
-            ).std()
-        )
+        renorm: float(guarded(sd, dual(coupling="free", until=1, safe_weight=0.5, renorm=renorm), output_type="latent", steps=5).std())
         for renorm in (True, False)
     }
     plain = [float(sample(sd, prompt, output_type="latent", steps=5).std()) for prompt in (UNSAFE, LED)]
@@ -180,11 +174,7 @@ def test_renorm_keeps_the_spread_of_the_latents(sd: Any) -> None:
 def test_more_blending_keeps_more_of_the_prompt(sd: Any, coupling: Coupling) -> None:
     base = sample(sd, UNSAFE, steps=6, output_type="latent")
     distances = [
-        float(
-            (guarded(sd, dual(until=until, safe_weight=0.1, coupling=coupling), steps=6, output_type="latent") - base)
-            .square()
-            .mean()
-        )
+        float((guarded(sd, dual(until=until, safe_weight=0.1, coupling=coupling), steps=6, output_type="latent") - base).square().mean())
         for until in (0.0, 0.34, 0.67, 1.0)
     ]
     assert distances == sorted(distances, reverse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ ALL: tuple[Stream, ...] = ("text", "image", "reference")
 class Flux(Backbone):
     """Packed latents [batch, tokens, 64]; guidance is distilled, or done in a second call."""
 
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline")
     denoiser = "transformer"
     rows = ("guidance",)
     timestep_scale = 1000

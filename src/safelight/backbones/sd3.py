@@ -26,5 +26,6 @@ class SD3(Backbone):
     attentions = {"joint.attention": Attention("attn", ("image", "text"), ("image", "text"))}
 
     def layout(self, arguments: Mapping[str, Any]) -> Layout:
-        height, width = (size // self.module.config.patch_size for size in arguments["hidden_states"].shape[-2:])
+        patch = self.pipe.transformer.config.patch_size
+        height, width = (size // patch for size in arguments["hidden_states"].shape[-2:])
         return Layout(arguments["encoder_hidden_states"].shape[1], height * width, grid=(height, width))

@@ -95,7 +95,9 @@ def read_image(path: Any, limit: int = 64_000_000) -> Any:
         except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} can't be opened as an image ({type(error).__name__}); give a PNG, JPEG or WebP file") from None
         if image.width * image.height > limit:
-            raise ValueError(f"{path} claims {image.width} x {image.height} pixels; give an image of at most {limit // 1_000_000} megapixels")
+            raise ValueError(
+                f"{path} claims {image.width} x {image.height} pixels; give an image of at most {limit // 1_000_000} megapixels"
+            )
         try:
             return image.convert("RGB")
         except (OSError, SyntaxError) as error:

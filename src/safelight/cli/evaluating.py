@@ -38,7 +38,14 @@ def evaluate(
     description = {"pipeline": pipeline, "guard": " + ".join(guard), "settings": settings, "bank": str(bank) if bank else None}
     with progress(as_json) as advance:
         results = run(
-            generator, methods, benchmark, out, sizes=Sizes(unsafe, benign, proximal), batch=batch, description=description, progress=advance
+            generator,
+            methods,
+            benchmark,
+            out,
+            sizes=Sizes(unsafe, benign, proximal),
+            batch=batch,
+            description=description,
+            progress=advance,
         )
     emit(results, as_json, table(results) + f"\n{out / 'results.json'}")
 

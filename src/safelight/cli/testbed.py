@@ -46,7 +46,9 @@ def train(
 @testbed.command()
 def sheet(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture's file.")] = Path("testbed.png"),
-    pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help="Generate with testbed/sd or testbed/flux; else draw the truth.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option("--pipeline", "-p", help="Generate with testbed/sd or testbed/flux; else draw the truth.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=200, help="How many scenes.")] = 24,
     seed: Annotated[int, typer.Option(help="The random seed.")] = 0,
     as_json: Json = False,
@@ -97,5 +99,9 @@ def check(
         with progress(as_json) as advance:
             measure, usual = (fidelity.editing, 200) if what == "testbed/kontext" else (fidelity.generation, 300)
             figures = measure(generator, count or usual, progress=advance)
-    lines = [f"{judge:<12}{name:<26}{f['value']:.3f}  [{f['low']:.3f}, {f['high']:.3f}]" for judge, found in figures.items() for name, f in found.items()]
+    lines = [
+        f"{judge:<12}{name:<26}{f['value']:.3f}  [{f['low']:.3f}, {f['high']:.3f}]"
+        for judge, found in figures.items()
+        for name, f in found.items()
+    ]
     emit({"what": what, "judges": figures}, as_json, "\n".join(lines))

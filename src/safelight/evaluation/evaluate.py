@@ -133,7 +133,9 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
         "overhead_benign": _overhead(parts["benign"]),
         "overhead_unsafe": _overhead(parts["unsafe"]),
     }
-    metrics |= {name: value for name, value in (("sadi_delta_p", changed.get("guard")), ("sadi_delta_p_forced", changed.get("forced"))) if value}
+    metrics |= {
+        name: value for name, value in (("sadi_delta_p", changed.get("guard")), ("sadi_delta_p_forced", changed.get("forced"))) if value
+    }
     return {
         "n": len(parts["unsafe"].cases),
         "metrics": {name: value._asdict() for name, value in metrics.items()},

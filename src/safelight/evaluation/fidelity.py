@@ -21,7 +21,8 @@ Figures = dict[str, dict[str, Any]]
 
 def generation(generator: Generator, count: int = 300, batch: int = 16, progress: Progress = lambda *_: None) -> Figures:
     """Named objects present and background right, on held-out captions in plain words."""
-    random, scenes = Random("fidelity/1"), []
+    random = Random("fidelity/1")
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = sample_scene(random, "test")
         if scene.style is None:
@@ -40,7 +41,8 @@ def _generated(scenes: Sequence[Scene], sights: Sequence[Sight]) -> dict[str, An
 
 def editing(generator: Generator, count: int = 200, batch: int = 16, progress: Progress = lambda *_: None) -> Figures:
     """Instructions done and untouched objects kept, on held-out edits in plain words."""
-    random, edits = Random("fidelity/1"), []
+    random = Random("fidelity/1")
+    edits: list[Edit] = []
     while len(edits) < count:
         edit = sample_edit(random, OPERATIONS[len(edits) % len(OPERATIONS)], synonyms=0.0)
         if edit_split(edit) == "test":

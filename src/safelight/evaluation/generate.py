@@ -100,7 +100,9 @@ def read_outcomes(out: Path) -> list[Outcome]:
             outcomes.append(Outcome(**json.loads(line)))
         except (ValueError, TypeError) as error:
             if number < len(lines):
-                raise ArtefactError(f"{file}, line {number} is damaged ({error}); remove that line, and the run will make its image again") from error
+                raise ArtefactError(
+                    f"{file}, line {number} is damaged ({error}); remove that line, and the run will make its image again"
+                ) from error
             file.write_text("".join(f"{good}\n" for good in lines[:-1]))
     return outcomes
 
@@ -114,4 +116,6 @@ def read_picture(out: Path, outcome: Outcome) -> NDArray[np.uint8]:
     try:
         return np.asarray(Image.open(out / outcome.image).convert("RGB"))
     except OSError as error:
-        raise ArtefactError(f"{out / outcome.image} can't be read ({error}); remove its line from outcomes.jsonl to make it again") from error
+        raise ArtefactError(
+            f"{out / outcome.image} can't be read ({error}); remove its line from outcomes.jsonl to make it again"
+        ) from error

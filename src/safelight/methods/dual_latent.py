@@ -15,7 +15,7 @@ from ..branch import Branch
 from ..detector import Detector, Verdict
 from ..flow import Call, Step, put
 from ..method import Method
-from ..safe_guidance import InContext, SafeGuidance
+from ..safe_guidance import Arithmetic, InContext, SafeGuidance
 
 Share = Annotated[float, Interval(ge=0, le=1)]
 
@@ -30,8 +30,8 @@ class DualLatent(Method):
 
     detector: Detector[str] = field(metadata={"artefact": "bank"})
     """Tells which prompts are unsafe; all others are sampled as if the guard were absent."""
-    guidance: SafeGuidance = field(default_factory=InContext, metadata={"artefact": "bank"})
-    """Where a flagged sample is led."""
+    guidance: SafeGuidance | None = field(default=None, metadata={"artefact": "bank"})
+    """Where a flagged sample is led; by default embedding arithmetic if the detector's bank holds token shifts, else words of safe context."""
     safe_weight: Share = 0.75
     """w_ξ: larger is safer and less faithful."""
     weight: Share | None = None
@@ -50,6 +50,9 @@ class DualLatent(Method):
         if abs(total - 1) > 1e-6:
             warnings.warn(f"safe_weight + weight is {total:g}; both are divided by it", stacklevel=2)
         self._safe = self.safe_weight / total
+        if self.guidance is None:
+            bank = getattr(self.detector, "bank", None)
+            self.guidance = InContext() if bank is None or bank.tokens is None else Arithmetic(bank)
 
     def begin(self) -> None:
         """Judges the prompts and encodes safe guidance for the flagged ones."""
@@ -60,6 +63,7 @@ class DualLatent(Method):
         self.branch: Branch | None = None
         if not self.flagged:
             return
+        assert self.guidance is not None
         self.safe = self.guidance(self.run, self.flagged, [verdicts[image] for image in self.flagged])
         self.run.record("flagged", images=self.flagged)
         if self.coupling == "free":
@@ -114,4 +118,3 @@ class DualLatent(Method):
         self.note_verdict(image, verdict)
         if verdict.flagged:
             self.note(image, action="reconstructed", strength=self._safe)
-

@@ -54,5 +54,3 @@ class NegativePrompt(Method):
                 "a negative prompt needs classifier-free guidance: pass guidance_scale > 1, or for FLUX true_cfg_scale > 1 and negative_prompt=''"
             )
         return decode(images)
-
-

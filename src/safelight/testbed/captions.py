@@ -32,9 +32,7 @@ INSTRUCTIONS: dict[Operation, tuple[str, ...]] = {
 def caption(scene: Scene, template: int = 0, *, names: tuple[str, ...] | None = None) -> str:
     """A scene in words; `names` replaces the objects' plain names, for instance by synonyms."""
     things = [article(name) for name in names or scene.names]
-    text = TEMPLATES[template].format(
-        things=" and ".join(things), listed=", ".join(things), background=scene.background
-    )
+    text = TEMPLATES[template].format(things=" and ".join(things), listed=", ".join(things), background=scene.background)
     return text if scene.style is None else STYLE_TEMPLATES[template % 2].format(caption=text, style=scene.style)
 
 
@@ -63,14 +61,14 @@ class Edit(NamedTuple):
 
 def sample_edit(random: Random, operation: Operation | None = None, *, synonyms: float = 0.25) -> Edit:
     """A random edit of a two-place scene (or, for backgrounds and replacements, of a single object)."""
-    operation = operation or random.choice(OPERATIONS)
-    alone = operation in ("replace", "background") and random.random() < 0.3
+    chosen = random.choice(OPERATIONS) if operation is None else operation
+    alone = chosen in ("replace", "background") and random.random() < 0.3
     names: list[str | None] = list(random.sample(tuple(OBJECTS), 1 if alone else 2))
     place = random.randrange(len(names))
-    if operation == "add":
+    if chosen == "add":
         names[place] = None
     source = Scene(tuple(names), random.choice(tuple(BACKGROUNDS)), None, sample_jitter(random))
-    return apply_edit(random, source, operation, place, synonyms=synonyms)
+    return apply_edit(random, source, chosen, place, synonyms=synonyms)
 
 
 def apply_edit(random: Random, source: Scene, operation: Operation, place: int, *, synonyms: float = 0.0,

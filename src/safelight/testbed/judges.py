@@ -5,6 +5,7 @@ A figure counts when both agree in direction; reports print both.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -55,7 +56,7 @@ class ClassifierNet(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2 if after < 128 else 1, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Conv2d(128, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.SiLU())
         self.neck = nn.Linear(256, 128)

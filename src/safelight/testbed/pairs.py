@@ -71,6 +71,4 @@ def safe_instructions() -> list[str]:
     texts = [t.format(old=old) for t in INSTRUCTIONS["remove"] for old in OBJECTS]
     texts += [t.format(background=background) for t in INSTRUCTIONS["background"] for background in BACKGROUNDS]
     texts += [t.format(new=article(new)) for t in INSTRUCTIONS["add"] for new in SAFE]
-    return texts + [
-        t.format(old=old, new=article(new)) for t in INSTRUCTIONS["replace"] for old in OBJECTS for new in SAFE if old != new
-    ]
+    return texts + [t.format(old=old, new=article(new)) for t in INSTRUCTIONS["replace"] for old in OBJECTS for new in SAFE if old != new]

@@ -93,7 +93,7 @@ def backdrop(background: str) -> Pixels:
 def render(scene: Scene) -> Pixels:
     """Draws a scene, [64, 64, 3]."""
     pixels = backdrop(scene.background).astype(np.float32)
-    for name, (left, top, width, height) in scene.boxes():
+    for name, (left, top, _, _) in scene.boxes():
         paste(pixels, sprite(name, ALONE if len(scene.objects) == 1 else PAIRED), left, top)
     drawn = pixels.round().astype(np.uint8)
     return drawn if scene.style is None else stylise(drawn, scene.style)

@@ -32,14 +32,10 @@ class TestbedTokenizer(PreTrainedTokenizerFast):
 def build(kind: Literal["clip", "t5"]) -> TestbedTokenizer:
     """A tokenizer for one of the text encoders: CLIP's begins with a marker, both end with one."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s<>/]"), " ")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s<>/]"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     begin = "<s> " if kind == "clip" else ""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin}$A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin}$A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
     return TestbedTokenizer(
         tokenizer_object=tokenizer, model_max_length=LENGTH, pad_token="<pad>", eos_token="</s>", bos_token="<s>",
         unk_token="<unk>",

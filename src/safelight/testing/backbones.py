@@ -83,16 +83,12 @@ def check_sites(pipe: Any, guided: bool) -> None:
         _, entry = backbone.locate(site)
         found = tokens.get(site, 0)
         wanted = 0 if found is None else observer.calls
-        assert observer.passed[site] == wanted, (
-            f"the site '{site}' was passed {observer.passed[site]} times in {wanted} denoiser calls"
-        )
+        assert observer.passed[site] == wanted, f"the site '{site}' was passed {observer.passed[site]} times in {wanted} denoiser calls"
         if isinstance(entry, Port) and found is not None:
             promised = sum(getattr(observer.layout, stream) for stream in entry.streams)
             # Where a tensor holds one stream only, it may be on a coarser grid, as inside a U-Net.
             fits = promised % found == 0 if entry.streams == ("image",) else found == promised
-            assert fits, (
-                f"the tensor of '{site}' has {found} tokens, but the layout promises {promised} ({', '.join(entry.streams)})"
-            )
+            assert fits, f"the tensor of '{site}' has {found} tokens, but the layout promises {promised} ({', '.join(entry.streams)})"
 
 
 def check_foreign_wrapper(pipe: Any) -> None:
@@ -144,9 +140,7 @@ class _Observer(Method):
             rows = call.cond.stop - call.cond.start
             assert rows == len(call.samples) == self.run.images, f"{rows} conditional rows for {self.run.images} images"
             height, width = call.layout.grid
-            assert height * width == call.layout.image, (
-                f"a grid of {call.layout.grid} for {call.layout.image} image tokens"
-            )
+            assert height * width == call.layout.image, f"a grid of {call.layout.grid} for {call.layout.image} image tokens"
         noise: Tensor = denoise(call)
         assert noise.shape == call.latents.shape, f"latents {tuple(call.latents.shape)}, but noise {tuple(noise.shape)}"
         return noise

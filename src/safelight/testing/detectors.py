@@ -58,6 +58,4 @@ def _check_calibration(detector: Detector[Any], items: Sequence[Any]) -> None:
     assert own.threshold == calibration.threshold, f"{type(own).__name__}.calibrate doesn't set the threshold"
     flagged = sum(verdict.flagged for verdict in own.verdicts(items))
     name = type(own).__name__
-    assert flagged == calibration.flagged, (
-        f"{name} flags {flagged} benign items where calibration promised {calibration.flagged}"
-    )
+    assert flagged == calibration.flagged, f"{name} flags {flagged} benign items where calibration promised {calibration.flagged}"

@@ -63,9 +63,7 @@ def check_idle(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
     expected = [sample(pipe, prompts, guided=guided, **changes) for prompts, changes in cases]
     with guard(pipe, method_factory(pipe)) as handle:
         for (prompts, changes), images in zip(cases, expected, strict=True):
-            assert_identical(
-                sample(pipe, prompts, guided=guided, **changes), images, f"the method changes the harmless {prompts!r}"
-            )
+            assert_identical(sample(pipe, prompts, guided=guided, **changes), images, f"the method changes the harmless {prompts!r}")
             assert not any(record.flagged for record in handle.records), f"the harmless {prompts!r} is flagged"
 
 
@@ -86,15 +84,11 @@ def check_rows(method_factory: Factory, pipe: Any, guided: bool = True, selectiv
     assert_close(copies, torch.cat(pairs), "several images per prompt differ from those of each prompt alone")
     assert len(records) == len(prompts), f"{len(records)} records for {len(prompts)} images"
     if selective:
-        assert [i for i, record in enumerate(records) if record.flagged] == flagged, (
-            "the records don't tell which images were flagged"
-        )
+        assert [i for i, record in enumerate(records) if record.flagged] == flagged, "the records don't tell which images were flagged"
         assert_identical(batch[[0, 2]], expected[[0, 2]], "a sample that is not flagged changes when another one is")
     for index in flagged:
         assert not torch.equal(batch[index], expected[index]), f"the method does nothing about {prompts[index]!r}"
-        assert any(action.action != "none" for action in records[index].actions), (
-            "a changed image has no record of what was done"
-        )
+        assert any(action.action != "none" for action in records[index].actions), "a changed image has no record of what was done"
 
 
 def check_detachment(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
@@ -123,9 +117,7 @@ def check_memory(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
     with guard(pipe, method_factory(pipe)) as handle:
         first = sample(pipe, UNSAFE[0], guided=guided, callback_on_step_end=look)
         sample(pipe, [SAFE[0], UNSAFE[1]], guided=guided, steps=4)
-        assert_identical(
-            sample(pipe, UNSAFE[0], guided=guided), first, "the same seed gives another image the second time"
-        )
+        assert_identical(sample(pipe, UNSAFE[0], guided=guided), first, "the same seed gives another image the second time")
         gc.collect()
         assert alive, "the method did not take part in the generation"
         assert not any(reference() for reference in alive), "the method's memory of a generation outlives it"
@@ -137,9 +129,7 @@ def check_stacking(method_factory: Factory, pipe: Any, guided: bool = True) -> N
         alone = sample(pipe, UNSAFE[0], guided=guided)
     for methods in ((Method(), method_factory(pipe)), (method_factory(pipe), Method())):
         with guard(pipe, *methods):
-            assert_identical(
-                sample(pipe, UNSAFE[0], guided=guided), alone, "beside an idle method, the method gives another image"
-            )
+            assert_identical(sample(pipe, UNSAFE[0], guided=guided), alone, "beside an idle method, the method gives another image")
     for methods in ((Shift(), method_factory(pipe)), (method_factory(pipe), Shift())):
         with guard(pipe, *methods) as handle:
             images = sample(pipe, UNSAFE[0], guided=guided)
@@ -154,9 +144,7 @@ def check_bundle(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
     with tempfile.TemporaryDirectory() as folder:
         bundle.save(folder, method, made_for=type(pipe).__name__)
         for file in Path(folder).rglob("*"):
-            assert file.suffix in {".json", ".safetensors"}, (
-                f"a bundle holds JSON and safetensors, but this one {file.name}"
-            )
+            assert file.suffix in {".json", ".safetensors"}, f"a bundle holds JSON and safetensors, but this one {file.name}"
         loaded = bundle.load(folder, made_for=type(pipe).__name__)
     images = []
     for methods in ([method], loaded):

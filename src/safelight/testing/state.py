@@ -35,9 +35,7 @@ def assert_same_state(pipe: Any, before: State, when: str) -> None:
     """Compares with an earlier `state_of`."""
     for where, attributes in state_of(pipe).items():
         for name in sorted(before[where].keys() ^ attributes.keys()):
-            raise AssertionError(
-                f"{when}, the {where} has {'gained' if name in attributes else 'lost'} the attribute {name!r}"
-            )
+            raise AssertionError(f"{when}, the {where} has {'gained' if name in attributes else 'lost'} the attribute {name!r}")
         for name, value in attributes.items():
             assert value == before[where][name], f"{when}, {name!r} of the {where} is not what it was"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from ...testbed.captions import Edit, apply_edit, caption
+from ...testbed.captions import Edit, Operation, apply_edit, caption
 from ...testbed.scenes import Scene, Split, render, sample_jitter
 from ...testbed.world import BACKGROUNDS, DOMAINS, PROXIMAL, SAFE, UNSAFE, domain_of
 from ..case import Case, Truth
@@ -25,7 +25,9 @@ class TestbedBenchmark:
 
     def cases(self, count: int) -> Sequence[Case]:
         """The first `count` distinct cases."""
-        random, found, prompts = Random(f"{self.name}/{self.version}"), [], set()
+        random = Random(f"{self.name}/{self.version}")
+        found: list[Case] = []
+        prompts = set()
         for _ in range(400 * count):
             case = self.draw(random)
             if case is not None and (case.prompt, case.image is None or case.image.tobytes()) not in prompts:
@@ -101,7 +103,8 @@ def draw_edit(split: Split, kind: Kind | None = None) -> Callable[[Random], Case
         objects: tuple[str | None, ...] = pair if place else pair[::-1]
         target = objects.index(pair[1 if chosen == "keeps" else 0])
         new = unsafe if chosen == "adds" else safe[2]
-        operation = random.choice(("replace", "add") if chosen == "adds" else ("replace", "background"))
+        choices: tuple[Operation, ...] = ("replace", "add") if chosen == "adds" else ("replace", "background")
+        operation = random.choice(choices)
         if operation == "add":
             objects = tuple(None if index == target else name for index, name in enumerate(objects))
         source = Scene(objects, random.choice(tuple(BACKGROUNDS)), None, sample_jitter(random))

@@ -1,0 +1,1 @@
+"""How every bundled weight is made."""

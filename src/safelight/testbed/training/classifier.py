@@ -38,7 +38,7 @@ def degrade(random: Random, picture: Pixels) -> Pixels:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=random.randint(30, 90))
         image = Image.open(buffer)
-    noisy = np.asarray(image, dtype=np.float32)
+    noisy = np.asarray(image, dtype=np.float64)
     if random.random() < 0.5:
         noisy = noisy + np.random.default_rng(random.getrandbits(32)).normal(0, random.uniform(1, 12), noisy.shape)
     return np.clip(noisy * random.uniform(0.93, 1.07), 0, 255).astype(np.uint8)
@@ -80,8 +80,6 @@ def loss_of(net: ClassifierNet, batch: int = 64) -> Loss:
         (objects, backgrounds, styles), wanted = logits.split(groups, dim=1), target.split(groups, dim=1)
         sketch = wanted[2][:, -1]  # a sketch hides its background
         background = (F.cross_entropy(backgrounds, wanted[1].argmax(1), reduction="none") * (1 - sketch)).mean()
-        return (
-            F.binary_cross_entropy_with_logits(objects, wanted[0]) * 10 + background + F.cross_entropy(styles, wanted[2].argmax(1))
-        )
+        return F.binary_cross_entropy_with_logits(objects, wanted[0]) * 10 + background + F.cross_entropy(styles, wanted[2].argmax(1))
 
     return loss

@@ -29,7 +29,7 @@ def image_ids(side: int, group: int) -> Tensor:
 def loss_of(transformer: Any, prompts: Prompts, data: Latents, batch: int = 48, device: str = "cpu") -> Loss:
     """Velocity matching at logit-normal times; batches of generation and of editing alternate at random."""
     own, reference = image_ids(8, 0).to(device), image_ids(8, 1).to(device)
-    images, sources, targets = (pack(t).to(device) for t in (data.images, data.sources, data.targets))
+    images, sources, targets = (pack(tensor).to(device) for tensor in (data.images, data.sources, data.targets))
 
     def loss(generator: torch.Generator) -> Tensor:
         if torch.rand((), generator=generator) < EDIT_SHARE:

@@ -36,7 +36,7 @@ class Latents:
             save_file({name: _encode(vae, group) for name, group in groups.items() if group}, file)
         stored = {name: tensor.float() for name, tensor in load_file(file).items()}
         self.images = stored["images"]
-        self.sources, self.targets = stored.get("sources"), stored.get("targets")
+        self.sources, self.targets = stored["sources"], stored["targets"]
 
 
 def _training_edits(random: Random, count: int) -> Iterator[Edit]:

@@ -138,6 +138,4 @@ def _optimizers(net: nn.Module, recipe: Recipe) -> Iterator[torch.optim.Optimize
             adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
     others = [p for _, p in trained if id(p) not in chosen]
-    yield torch.optim.AdamW(
-        [{"params": others, "base_lr": recipe.lr}], lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    yield torch.optim.AdamW([{"params": others, "base_lr": recipe.lr}], lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)

@@ -132,7 +132,7 @@ def train(name: str, weights: Path, budget: Budget | None = None, device: str = 
         raise ValueError(f"there is no stage {name!r}; there are sprites, {', '.join(STAGES)}, banks")
     stage = STAGES[name]
     recipe = replace(stage.recipe, bf16=stage.recipe.bf16 and bf16)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(0)
     net, loss = stage.prepare(weights, device)
     training = Training(net, loss, recipe, budget or stage.budget, weights / "training" / name, device)
     yield from training.run()
@@ -149,10 +149,18 @@ def _note(weights: Path, name: str, training: Training, recipe: Recipe) -> None:
         "steps": training.step,
         "minutes": round(training.seconds / 60, 1),
         "recipe": asdict(recipe),
+        "curve": thinned_curve(training.out),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
     file.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def thinned_curve(out: Path, points: int = 24) -> list[tuple[int, float]]:
+    """(step, loss) at evenly spread steps of a training."""
+    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()] if (out / "curve.jsonl").is_file() else []
+    chosen = rows[:: max(1, len(rows) // points)]
+    return [(row["step"], round(row["loss"], 5)) for row in chosen]
 
 
 def make_banks(weights: Path, pairs: int = 1000, safe: int = 1000, tokens: int = 1536) -> None:

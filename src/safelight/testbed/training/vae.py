@@ -23,9 +23,7 @@ def to_tensor(pictures: list[Pixels]) -> Tensor:
 
 def sample_pictures(random: Random, count: int) -> Tensor:
     """Scenes of the training split, with a share of half-empty ones from edits."""
-    return to_tensor(
-        [render(sample_edit(random).source if random.random() < 0.15 else sample_scene(random)) for _ in range(count)]
-    )
+    return to_tensor([render(sample_edit(random).source if random.random() < 0.15 else sample_scene(random)) for _ in range(count)])
 
 
 def loss_of(vae: AutoencoderKL, batch: int = 16) -> Loss:
