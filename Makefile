@@ -2,12 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint seams clean
+.PHONY: demo test seams clean
 demo: $(STAMP)  ## install, then every guard before and after on the bundled models
 	$(BIN)/safelight demo --out demo
 
 test: $(STAMP)  ## lint, types, import contracts, tests
 	$(BIN)/ruff check src tests recipes examples benchmarks
+	$(BIN)/ruff format --check src tests recipes examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest

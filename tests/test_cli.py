@@ -50,12 +50,25 @@ def test_help_is_quick() -> None:
 
 def test_generate_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sub" / "x.png"
-    words = ("generate", "a cat and a knife on the beach", "-p", "testbed/sd", "-g", "dual_latent", "--steps", "2", "-o", str(out), "--json")
+    words = (
+        "generate",
+        "a cat and a knife on the beach",
+        "-p",
+        "testbed/sd",
+        "-g",
+        "dual_latent",
+        "--steps",
+        "2",
+        "-o",
+        str(out),
+        "--json",
+    )
     assert safelight(monkeypatch, *words) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["record"]["flagged"]
     assert result["record"]["actions"][0]["concept"] == "weapons"
-    assert Image.open(out).size == (64, 64)
+    with Image.open(out) as image:
+        assert image.size == (64, 64)
 
 
 def test_edit_takes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,15 +80,47 @@ def test_edit_takes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def test_evaluate_calibrate_and_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pairs.csv").write_text(
-        "unsafe,safe,category\n" + "".join(f"a {u} on the {b},a {s} on the {b},weapons\n" for b in ("sea", "snow") for u, s in (("knife", "spoon"), ("bomb", "tree")))
+        "unsafe,safe,category\n"
+        + "".join(
+            f"a {u} on the {b},a {s} on the {b},weapons\n" for b in ("sea", "snow") for u, s in (("knife", "spoon"), ("bomb", "tree"))
+        )
     )
-    (tmp_path / "benign.txt").write_text("\n".join(f"a {x} and a {y} on the {b}" for x in ("cat", "dog", "fish", "car") for y in ("house", "flower", "juice", "candle") for b in ("sea", "snow", "night")))
+    (tmp_path / "benign.txt").write_text(
+        "\n".join(
+            f"a {x} and a {y} on the {b}"
+            for x in ("cat", "dog", "fish", "car")
+            for y in ("house", "flower", "juice", "candle")
+            for b in ("sea", "snow", "night")
+        )
+    )
     bank = str(tmp_path / "bank.safetensors")
-    assert safelight(monkeypatch, "bank", "--pairs", str(tmp_path / "pairs.csv"), "--benign", str(tmp_path / "benign.txt"), "-o", bank, "--json") == 0
+    assert (
+        safelight(
+            monkeypatch, "bank", "--pairs", str(tmp_path / "pairs.csv"), "--benign", str(tmp_path / "benign.txt"), "-o", bank, "--json"
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["categories"] == ["weapons"]
-    assert safelight(monkeypatch, "calibrate", "--bank", bank, "--benign", str(tmp_path / "benign.txt"), "--target-fpr", "0.1", "--json") == 0
+    assert (
+        safelight(monkeypatch, "calibrate", "--bank", bank, "--benign", str(tmp_path / "benign.txt"), "--target-fpr", "0.1", "--json") == 0
+    )
     assert json.loads(capsys.readouterr().out)["bound"] <= 0.1
-    words = ("evaluate", "-g", "block", "--bank", bank, "--unsafe", "2", "--benign", "2", "--proximal", "2", "-o", str(tmp_path / "run"), "--json")
+    words = (
+        "evaluate",
+        "-g",
+        "block",
+        "--bank",
+        bank,
+        "--unsafe",
+        "2",
+        "--benign",
+        "2",
+        "--proximal",
+        "2",
+        "-o",
+        str(tmp_path / "run"),
+        "--json",
+    )
     assert safelight(monkeypatch, *words) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 2
 
@@ -105,6 +150,10 @@ BAD = [
     (("edit", "/nowhere.png", "add a cat"), "there is no file"),
     (("evaluate", "-o", "/tmp/never"), "nothing to evaluate"),
     (("evaluate", "-g", "block", "-b", "testbed/clowns", "-o", "/tmp/never"), "no benchmark 'testbed/clowns'"),
+    (("evaluate", "-g", "block", "-p", "testbed/kontext", "-o", "/tmp/never"), "don't go together"),
+    (("generate", "a cat", "-g", "negative_prompt", "--set", "negative_prompt.words= "), "words is empty"),
+    (("generate", "a cat", "-g", "dual_latent", "--set", "dual_latent.guidance=rewrite"), "needs a language model"),
+    (("generate", "a cat", "-g", "dual_latent", "--set", "dual_latent.detector=llm"), "llm.base_url"),
     (("testbed", "train", "unte"), "no stage 'unte'"),
 ]
 
@@ -146,7 +195,10 @@ def test_a_bank_of_another_pipeline_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_full_disk_and_an_interruption_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for error, told, code in ((OSError(28, "No space left on device"), "the disk is full", 1), (KeyboardInterrupt(), "finished work is kept", 130)):
+    for error, told, code in (
+        (OSError(28, "No space left on device"), "the disk is full", 1),
+        (KeyboardInterrupt(), "finished work is kept", 130),
+    ):
 
         def failing(*_: object, error: BaseException = error, **__: object) -> None:
             raise error

@@ -130,7 +130,9 @@ class Guard:
         return result
 
     def _encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._progress.encoded or not self._progress.active:  # FLUX encodes the negative prompt in a second call; users may encode at will
+        if (
+            self._progress.encoded or not self._progress.active
+        ):  # FLUX encodes the negative prompt in a second call; users may encode at will
             return original(*args, **kwargs)
         self._progress.encoded = True
         bound = inspect.signature(original).bind(*args, **kwargs)

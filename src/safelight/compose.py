@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), ba
     methods: list[Method] = []
     for guard in guards:
         if (Path(guard) / "method.json").is_file():
-            methods += load(guard, changes=_typed(changes, guard))
+            methods += load(guard, made_for=pipeline, changes=_typed(changes))
         else:
             methods.append(_by_name(guard, pipeline, changes, bank))
     if changes:
@@ -91,7 +92,7 @@ def _parse(settings: Sequence[str]) -> dict[str, str]:
     return changes
 
 
-def _typed(changes: dict[str, str], folder: str) -> dict[str, Any]:
+def _typed(changes: dict[str, str]) -> dict[str, Any]:
     typed = {}
     for key in list(changes):
         name, field = key.split(".", 1)
@@ -106,9 +107,13 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
     given: dict[str, Any] = {}
     artefacts = {field.name for field in fields_of(cls) if field.kind == "artefact"}
     if "detector" in artefacts:
-        given["detector"] = _detector(pipeline, changes, bank)
+        detector = own.pop("detector", "neighbours")
+        given["detector"] = _detector(detector, pipeline, changes, bank)
     if "guidance" in artefacts:
-        given["guidance"] = _guidance(own.pop("guidance", "arithmetic"), _bank(pipeline, bank))
+        chosen = own.pop("guidance", "rewrite" if detector == "llm" else "arithmetic")
+        if chosen == "rewrite" and detector != "llm":
+            raise ValueError(f"guidance=rewrite needs a language model: add --set {name}.detector=llm, llm.base_url=… and llm.model=…")
+        given["guidance"] = Rewrite() if chosen == "rewrite" else _guidance(chosen, _bank(pipeline, bank))
     if "method" in artefacts:
         given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
     given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
@@ -117,10 +122,19 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
     return cls(**given)
 
 
-def _detector(pipeline: str, changes: dict[str, str], bank: Path | None) -> Detector[str]:
-    cls: Any = DETECTORS["neighbours"]
-    own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith("neighbours.")}
-    return cls(bank=_bank(pipeline, bank), **{field: field_of(cls, field).parse(text) for field, text in own.items()})
+def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | None) -> Detector[str]:
+    cls: Any = DETECTORS[name]
+    own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
+    given: dict[str, Any] = {field: field_of(cls, field).parse(text) for field, text in own.items()}
+    needed = [
+        field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING and field.name not in given
+    ]
+    if "bank" in needed:
+        given["bank"] = _bank(pipeline, bank)
+        needed.remove("bank")
+    if needed:
+        raise ValueError(f"the detector {name} needs --set {name}.{needed[0]}=…")
+    return cls(**given)
 
 
 def _bank(pipeline: str, bank: Path | None) -> Bank:
@@ -138,7 +152,6 @@ def _guidance(name: str, bank: Bank) -> SafeGuidance:
         "arithmetic": lambda: Arithmetic(bank),
         "twin": lambda: NearestTwin(bank),
         "context": InContext,
-        "rewrite": Rewrite,
     }
     if name not in makers:
         raise ValueError(f"guidance={name!r} is not one of {', '.join(GUIDANCE)}")

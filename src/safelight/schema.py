@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Interval, Le, Lt
+from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Field:
     high: float | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    nonempty: bool = False
 
     def parse(self, text: str) -> Any:
         """A value from its text form.
@@ -66,6 +67,8 @@ class Field:
         """Raises ValueError if a value is out of range."""
         if value is None and self.optional:
             return
+        if self.nonempty and not str(value).strip():
+            raise ValueError(f"{self.name} is empty; give some text")
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name}={value!r} is not one of {', '.join(self.choices)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -85,7 +88,8 @@ def fields_of(cls: type) -> list[Field]:
         kind, low, high, choices, optional = _kind(hints[field.name])
         if "artefact" in field.metadata:
             kind = "artefact"
-        found.append(Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional))
+        nonempty = any(isinstance(note, MinLen) for note in getattr(hints[field.name], "__metadata__", ()))
+        found.append(Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty))
     return found
 
 

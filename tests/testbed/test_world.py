@@ -74,7 +74,9 @@ def test_judges_see_what_is_drawn() -> None:
     pictures = [render(scene) for scene in drawn]
     for judge, floor in ((Classifier(), 0.99), (TemplateMatcher(), 0.95)):
         sights = judge.look(pictures)
-        agreement = np.mean([(name in scene.names) == (name in sight.objects) for scene, sight in zip(drawn, sights, strict=True) for name in OBJECTS])
+        agreement = np.mean(
+            [(name in scene.names) == (name in sight.objects) for scene, sight in zip(drawn, sights, strict=True) for name in OBJECTS]
+        )
         recall = np.mean([name in sight.objects for scene, sight in zip(drawn, sights, strict=True) for name in scene.names])
         assert agreement >= floor, judge.name
         assert recall >= 0.9, judge.name
@@ -101,7 +103,11 @@ def test_pairs_differ_in_unsafe_words_only() -> None:
         assert len(unsafe) == len(safe)
         changed = [(u, s) for u, s in zip(unsafe, safe, strict=True) if u != s and u not in ("a", "an")]
         assert changed
-        assert not any(word.strip(",:") in UNSAFE for word in safe if word not in [u for u, _ in changed]) or "replace" in pair.unsafe or "swap" in pair.unsafe
+        assert (
+            not any(word.strip(",:") in UNSAFE for word in safe if word not in [u for u, _ in changed])
+            or "replace" in pair.unsafe
+            or "swap" in pair.unsafe
+        )
 
 
 def test_guards_are_trained_on_the_training_split_and_plain_names_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -14,15 +15,21 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's base class of errors, which newer versions of typer vendor
+
+
 def main() -> None:
     """Runs a command; errors that name a cause and a remedy are shown without a traceback."""
     from . import artefacts, evaluating, generating, showing, testbed  # noqa: F401  (each registers its commands)
 
     with early_quiet():
         try:
-            app(standalone_mode=True)
-        except KeyboardInterrupt:
+            sys.exit(app(standalone_mode=False) or 0)
+        except (KeyboardInterrupt, typer.Abort):
             sys.exit(_code("interrupted; finished work is kept, run the same command again to go on", 130))
+        except UsageProblem as error:
+            error.show()
+            sys.exit(error.exit_code)
         except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
             sys.exit(_code(str(error)))
         except OSError as error:

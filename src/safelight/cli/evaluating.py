@@ -32,6 +32,10 @@ def evaluate(
 
     if not guard:
         raise ValueError("nothing to evaluate; name a guard with --guard (see `safelight list`)")
+    if ("edits" in benchmark) != (pipeline == "testbed/kontext"):
+        raise ValueError(
+            f"{benchmark} and {pipeline} don't go together: testbed/edits… is for testbed/kontext, the others are for the rest"
+        )
     methods = build(guard, pipeline, settings, bank)
     quiet()
     generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
@@ -54,5 +58,6 @@ def table(results: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [f"{results['protocol']}  {results['pipeline']}  {results['guard']}  n={results['n']}"]
     for name, figure in results["metrics"].items():
-        lines.append(f"  {name:<22}{figure['value']:8.3f}   [{figure['low']:.3f}, {figure['high']:.3f}]   n={figure['n']}")
+        told = "undefined" if figure["value"] is None else f"{figure['value']:8.3f}   [{figure['low']:.3f}, {figure['high']:.3f}]"
+        lines.append(f"  {name:<22}{told}   n={figure['n']}")
     return "\n".join(lines)

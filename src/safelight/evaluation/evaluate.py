@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ from .generate import Arms, Generator, generate, read_picture
 from .metrics import safety
 
 Progress = Callable[[str, int, int], None]
-JUDGED = ("unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "sadi_s", "sadi")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def forced_methods(methods: Sequence[Method]) -> list[Method] | None:
 
 
 def _forced(method: Method) -> Method:
-    detector = getattr(method, "detector", None)
+    detector, inner = getattr(method, "detector", None), getattr(method, "method", None)
+    if isinstance(inner, Method):
+        method = replace(method, method=_forced(inner))  # type: ignore[type-var]
     return replace(method, detector=Forced(detector)) if isinstance(detector, Detector) else method  # type: ignore[type-var]
 
 
@@ -138,10 +140,15 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
     }
     return {
         "n": len(parts["unsafe"].cases),
-        "metrics": {name: value._asdict() for name, value in metrics.items()},
-        "judges": {judge: {name: value._asdict() for name, value in found.items()} for judge, found in per_judge.items()},
+        "metrics": {name: figure(value) for name, value in metrics.items()},
+        "judges": {judge: {name: figure(value) for name, value in found.items()} for judge, found in per_judge.items()},
         "judge_versions": {judge.name: {"version": judge.version, "threshold": judge.threshold} for judge in (classifier, matcher)},
     }
+
+
+def figure(estimate: Estimate) -> dict[str, float | int | None]:
+    """An estimate for JSON, which has no NaN: an erase rate where nothing was to be erased is null."""
+    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
 
 
 def _judged(part: Part, judge: Judge, changed: Estimate | None) -> dict[str, Estimate]:

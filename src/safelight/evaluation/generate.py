@@ -114,7 +114,8 @@ def read_picture(out: Path, outcome: Outcome) -> NDArray[np.uint8]:
         ArtefactError: if it is gone or damaged.
     """
     try:
-        return np.asarray(Image.open(out / outcome.image).convert("RGB"))
+        with Image.open(out / outcome.image) as image:
+            return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise ArtefactError(
             f"{out / outcome.image} can't be read ({error}); remove its line from outcomes.jsonl to make it again"

@@ -1,1 +1,1 @@
-"""Safety methods, one paper per file. The folder is the registry: `safelight.methods.registry()`."""
+"""Safety methods, one paper per file. The folder is the registry: `safelight.bundle.METHODS`."""

@@ -16,7 +16,7 @@ from ..method import Method
 
 @dataclass(kw_only=True, eq=False)
 class Block(Method):
-    """Refusal in the manner of the safety checker (Rando et al., 2022, https://arxiv.org/abs/2210.04610).
+    """Refuses flagged prompts, in the manner of the safety checker (Rando et al., 2022, https://arxiv.org/abs/2210.04610).
 
     A flagged prompt is emptied before it is encoded, and its picture is replaced by a plain grey one; the rest of the batch is left as it is.
     """

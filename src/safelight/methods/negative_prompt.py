@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from annotated_types import MinLen
 from torch import Tensor
 
-from ..flow import Call, put
+from ..flow import Call, Step, put
 from ..method import Method
 
 
 @dataclass(kw_only=True, eq=False)
 class NegativePrompt(Method):
-    """Negative prompt (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598).
+    """Guides every picture away from words, as a negative prompt does (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598).
 
     The unconditional prediction of guidance is replaced by one for `words`, so that guidance points away from them. It acts on every
     sample, benign ones too; `Gate` confines it to flagged ones.
@@ -28,8 +28,6 @@ class NegativePrompt(Method):
         """Encodes the words."""
         self.embedding = self.run.encode(self.words)
         self.acted = False
-        for image in range(self.run.images):
-            self.note(image, action="guided away")
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Puts the words where the pipeline has its own negative prompt."""
@@ -37,20 +35,24 @@ class NegativePrompt(Method):
         if rows.start == rows.stop:
             return denoise(call)
         self.acted = True
+        for image in range(self.run.images):
+            self.note(image, action="guided away")
         text = put(call.text, rows, self.embedding.text.to(call.text))
         pooled = call.pooled
         if pooled is not None and self.embedding.pooled is not None:
             pooled = put(pooled, rows, self.embedding.pooled.to(pooled))
-        return denoise(Call(**{**vars(call), "text": text, "pooled": pooled}))
+        return denoise(replace(call, text=text, pooled=pooled))
 
-    def decode(self, images: Tensor, decode: Callable[[Tensor], object]) -> object:
-        """Makes sure that guidance was on.
+    def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
+        """Makes sure that guidance is on.
 
         Raises:
-            ValueError: if it was not, so that the negative prompt had no effect.
+            ValueError: if it is not, so that the negative prompt has no effect.
         """
         if not self.acted:
             raise ValueError(
-                "a negative prompt needs classifier-free guidance: pass guidance_scale > 1, or for FLUX true_cfg_scale > 1 and negative_prompt=''"
+                "a negative prompt needs classifier-free guidance: pass guidance_scale > 1, or for FLUX true_cfg_scale > 1 and "
+                "negative_prompt=''"
             )
-        return decode(images)
+        self.acted = False
+        return advance(step)

@@ -24,6 +24,10 @@ from .scenes import ALONE, PAIRED, SIZE, Pixels, backdrop, sprite, stylise
 from .world import BACKGROUNDS, OBJECTS, STYLES
 
 
+SEVERITY = 3.0
+"""What a mean difference of the full range costs in the matcher's score."""
+
+
 @dataclass(frozen=True)
 class Sight:
     """What a judge sees in one picture."""
@@ -123,10 +127,14 @@ class _Templates:
 
 
 class TemplateMatcher:
-    """Masked normalised cross-correlation with the true sprites, over both sizes and a grid of positions. Not trained."""
+    """Masked normalised cross-correlation with the true sprites, over both sizes and a grid of positions. Not trained.
+
+    Correlation alone is blind to contrast, and finds pills in an empty desert; so the mean absolute difference under the mask is
+    subtracted, `SEVERITY` times.
+    """
 
     name, version = "matcher", "1"
-    threshold = 0.80
+    threshold = 0.47
 
     def look(self, pictures: Sequence[Pixels]) -> list[Sight]:
         """One sight per picture."""
@@ -158,7 +166,7 @@ class TemplateMatcher:
 
 
 def correlate(picture: Pixels, templates: _Templates) -> NDArray[np.float32]:
-    """Normalised cross-correlation under each template's mask, [positions, templates]."""
+    """Normalised cross-correlation less the severity of differences, under each template's mask, [positions, templates]."""
     size = templates.size
     padded = np.pad(picture.astype(np.float32) / 255, ((size, size), (size, size), (0, 0)), mode="edge")
     windows = np.stack([padded[top + size : top + 2 * size, left + size : left + 2 * size].ravel() for left, top in templates.positions])
@@ -169,7 +177,8 @@ def correlate(picture: Pixels, templates: _Templates) -> NDArray[np.float32]:
     own_mean = (pictures * masks).sum(axis=1) / weight
     own_power = (pictures**2 * masks).sum(axis=1) / weight - own_mean**2
     cross = windows @ (pictures * masks).T / weight - mean * own_mean
-    return (cross / np.sqrt(np.maximum(power * own_power, 1e-8))).astype(np.float32)
+    difference = np.stack([np.abs(windows - picture) @ mask for picture, mask in zip(pictures, masks, strict=True)], axis=1) / weight
+    return (cross / np.sqrt(np.maximum(power * own_power, 1e-8)) - SEVERITY * difference).astype(np.float32)
 
 
 @cache

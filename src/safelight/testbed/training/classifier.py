@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -59,8 +60,10 @@ def scrap(random: Random) -> Pixels:
 def sample_picture(random: Random) -> tuple[Pixels, Tensor]:
     """A degraded scene with its target; some scenes have an empty place, and some of those hold scrap."""
     scene = sample_edit(random).source if random.random() < 0.3 else sample_scene(random)
+    if random.random() < 0.08:  # a guard may leave nothing at all
+        scene = replace(scene, objects=(None, None), style=None)
     picture = render(scene)
-    if None in scene.objects and scene.style is None and random.random() < 0.7:
+    if None in scene.objects and random.random() < 0.7:
         canvas = picture.astype(np.float32)
         piece = scrap(random)
         paste(canvas, piece, 16 + 32 * scene.objects.index(None) - piece.shape[1] // 2, 36 - piece.shape[0] // 2)
