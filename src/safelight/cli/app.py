@@ -15,6 +15,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+INTERRUPTED = 130
 UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's base class of errors, which newer versions of typer vendor
 
 
@@ -24,9 +25,9 @@ def main() -> None:
 
     with early_quiet():
         try:
-            sys.exit(app(standalone_mode=False) or 0)
+            code = app(standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
-            sys.exit(_code("interrupted; finished work is kept, run the same command again to go on", 130))
+            code = INTERRUPTED
         except UsageProblem as error:
             error.show()
             sys.exit(error.exit_code)
@@ -35,6 +36,9 @@ def main() -> None:
         except OSError as error:
             reason = "the disk is full; free some space and run the same command again" if error.errno == 28 else str(error)
             sys.exit(_code(reason))
+    if code == INTERRUPTED:  # typer may have caught it first
+        fail("interrupted; finished work is kept, run the same command again to go on", code)
+    sys.exit(code)
 
 
 def _code(message: str, code: int = 1) -> int:
