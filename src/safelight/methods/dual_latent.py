@@ -22,9 +22,9 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 @dataclass(kw_only=True, eq=False)
 class DualLatent(Method):
-    """Context-preserving dual latent reconstruction (Vice et al., 2024, https://arxiv.org/abs/2411.13982).
+    """Blends the latents of an unsafe prompt with those of safe guidance, then follows the latter alone (Vice et al., 2024, https://arxiv.org/abs/2411.13982).
 
-    Until step τ_gc of T, the latents of an unsafe prompt x are the blend w_x·ẑ_x + w_ξ·ẑ_ξ with those of safe guidance ξ, which keeps
+    Context-preserving dual latent reconstruction. Until step τ_gc of T, the latents of an unsafe prompt x are the blend w_x·ẑ_x + w_ξ·ẑ_ξ with those of safe guidance ξ, which keeps
     the global context of x; from then on safe guidance goes on alone. Here τ_gc/T is `until`, w_ξ is `safe_weight`, w_x `weight`.
     """
 
