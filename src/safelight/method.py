@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,8 @@ class Method:
     run: Run
     position: int = 0
     """Its place in the chain, 0 outermost."""
+    confined_to: Collection[int] | None = None
+    """The images it may act on, where a gate confines it; None: all."""
 
     @property
     def name(self) -> str:
@@ -63,6 +65,8 @@ class Method:
 
     def note(self, image: int, **facts: Any) -> None:
         """Fills in this method's part of an image's record."""
+        if self.confined_to is not None and image not in self.confined_to:
+            return
         action = self.run.action(self.position, image, self.name)
         for name, value in facts.items():
             setattr(action, name, value)

@@ -73,6 +73,9 @@ class DualLatent(Method):
         """Follows safe guidance in the flagged rows; while blending, also the prompt."""
         if not self.flagged:
             return denoise(call)
+        if self.run.index == 0:
+            for image in self.flagged:
+                self.note(image, steps=(0, self.run.total))
         noise = denoise(self._led(call))
         if self.blending and self.branch is not None:
             self.branch.denoise(call, noise, denoise)

@@ -33,13 +33,11 @@ class Gate(Method):
         """Judges the prompts and begins the method."""
         verdicts = self.run.judge(self.detector)
         self.inner = copy(self.method)
-        self.inner.run, self.inner.position = self.run, self.position
-        self.inner.begin()
         self.flagged = [image for image, verdict in enumerate(verdicts) if verdict.flagged]
+        self.inner.run, self.inner.position, self.inner.confined_to = self.run, self.position, self.flagged
+        self.inner.begin()
         for image, verdict in enumerate(verdicts):
             self.note_verdict(image, verdict)
-            if not verdict.flagged:
-                self.note(image, action="none", strength=None)
 
     def encode(self, prompts: list[str], encode: Callable[[list[str]], Embedding]) -> Embedding:
         """The method's prompts, for flagged samples only."""

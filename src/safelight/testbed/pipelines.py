@@ -29,8 +29,8 @@ def settings(name: str) -> dict[str, Any]:
     guided = common | {"guidance_scale": 1.0, "true_cfg_scale": 2.5, "negative_prompt": "", "height": 64, "width": 64}
     if name == "flux":
         return guided
-    if name == "kontext":
-        return guided | {"max_area": 64 * 64, "_auto_resize": False}
+    if name == "kontext":  # weaker guidance keeps more of the source
+        return guided | {"true_cfg_scale": 1.5, "max_area": 64 * 64, "_auto_resize": False}
     raise _unknown(name)
 
 
