@@ -21,7 +21,9 @@ def methods_table() -> str:
     lines = ["| guard | what it does | paper |", "|---|---|---|"]
     for name, cls in METHODS:
         doc = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
-        sentence = re.sub(r" \([^()]*https://[^()]*\)", "", re.split(r"(?<=\.)\s", doc.replace("et al. ", "et al ").replace("et al.,", "et al,"))[0])
+        sentence = re.sub(
+            r" \([^()]*https://[^()]*\)", "", re.split(r"(?<=\.)\s", doc.replace("et al. ", "et al ").replace("et al.,", "et al,"))[0]
+        )
         link = re.search(r"https://arxiv\.org/abs/([\d.]+\d)", doc)
         assert link, f"{name} cites no paper"
         lines.append(f"| [`{name}`](docs/methods/{name}.md) | {sentence} | [arXiv:{link[1]}]({link[0]}) |")

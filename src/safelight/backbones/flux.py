@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -47,6 +47,9 @@ class Flux(Backbone):
 
     def cond(self, rows: int, turn: int) -> slice:
         return slice(0, rows) if turn == 0 else slice(0, 0)  # true guidance asks for the negative prompt second
+
+    def pool(self, prompts: Sequence[str], encode_prompt: Callable[..., Any]) -> Tensor:
+        return self.pool_first_encoder(prompts)  # CLIP's; T5 would cost more than the rest of the detector
 
     def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
         if len(predictions) == 1:

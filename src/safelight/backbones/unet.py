@@ -40,8 +40,4 @@ class UNet(Backbone):
         return Layout(arguments["encoder_hidden_states"].shape[1], height * width, grid=(height, width))
 
     def pool(self, prompts: Sequence[str], encode_prompt: Callable[..., Any]) -> Tensor:
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        ids = tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
-        return encoder(ids.to(encoder.device)).pooler_output
+        return self.pool_first_encoder(prompts)

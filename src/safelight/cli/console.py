@@ -93,7 +93,9 @@ def read_image(path: Any, limit: int = 64_000_000) -> Any:
         except FileNotFoundError:
             raise ValueError(f"there is no file {path}; give the path of an image") from None
         except Image.DecompressionBombError:
-            raise ValueError(f"{path} claims an absurd number of pixels; give an image of at most {limit // 1_000_000} megapixels") from None
+            raise ValueError(
+                f"{path} claims an absurd number of pixels; give an image of at most {limit // 1_000_000} megapixels"
+            ) from None
         except OSError as error:
             raise ValueError(f"{path} can't be opened as an image ({type(error).__name__}); give a PNG, JPEG or WebP file") from None
     with opened as image:

@@ -23,7 +23,6 @@ from ..errors import ArtefactError
 from .scenes import ALONE, PAIRED, SIZE, Pixels, backdrop, sprite, stylise
 from .world import BACKGROUNDS, OBJECTS, STYLES
 
-
 SEVERITY = 3.0
 """What a mean difference of the full range costs in the matcher's score."""
 
