@@ -62,6 +62,7 @@ class Guard:
         self._chain: list[Method] = []  # the copies that live for one generation
         self._progress = _Progress()
         self._turnstile = Turnstile(pipe)
+        self._renewals: dict[str, Callable[[], None]] = {}
         self._seams = self._current_seams()
         self._undo = ExitStack()
         self._check_conflicts()
@@ -89,7 +90,7 @@ class Guard:
             (self.pipe.image_processor, "postprocess", self._decode),
             (self.pipe, "maybe_free_model_hooks", self._end),
         ):
-            wrap(stack, owner, name, around)
+            self._renewals[name] = wrap(stack, owner, name, around)
         self._taps = Taps(self.backbone, stack)
         for position, method in enumerate(self.methods):
             for site in method.sites(self.backbone):
@@ -217,7 +218,10 @@ class Guard:
             raise SafetyBypassed("the pipeline ended without encoding a prompt through the guard; the images are withheld")
         self._chain, self._progress = [], _Progress()  # with the copies goes all that this generation remembered
         try:
-            return original()
+            result = original()
+            if hasattr(self.backbone.module, "_hf_hook"):  # offloading has just hooked the denoiser anew, and unwrapped it
+                self._renewals["forward"]()
+            return result
         finally:
             self._turnstile.leave()  # not before the models are offloaded: the next generation would find them moving
 

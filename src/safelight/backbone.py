@@ -103,6 +103,20 @@ class Backbone:
         ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
         return encoder(ids.to(self.pipe._execution_device)).pooler_output  # type: ignore[no-any-return]
 
+    def windows(self, text: str) -> list[str]:
+        """A text, and if the first text encoder would cut it off, overlapping pieces that it reads whole.
+
+        FLUX and SD3 follow up to 512 tokens; a detector that reads 77 must not be led past the rest.
+        """
+        tokenizer, encoder = getattr(self.pipe, "tokenizer", None), getattr(self.pipe, "text_encoder", None)
+        if tokenizer is None or encoder is None:
+            return [text]
+        size = encoder.config.max_position_embeddings - 2
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        if len(ids) <= size:
+            return [text]
+        return [text, *(tokenizer.decode(ids[start : start + size]) for start in range(0, len(ids) - size // 2, size // 2))]
+
     # The rest follows from the tables.
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], turn: int, samples: int) -> Call:

@@ -135,7 +135,10 @@ class Bank:
             "calibration": json.dumps(asdict(self.calibration) if self.calibration else None),
         }
         partial = Path(path).with_name(f"{Path(path).name}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} can't be written: {error}") from error
         partial.replace(path)
 
     @classmethod

@@ -56,14 +56,20 @@ def load(folder: str | Path, *, made_for: str | None = None, changes: Mapping[st
         document = json.loads((folder / "method.json").read_text())
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{folder} is no bundle ({error}); a bundle is a folder with a method.json") from error
-    if document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        document = document if isinstance(document, dict) else {}
         raise ArtefactError(f"{folder}/method.json has the format {document.get('format')!r}, not {FORMAT!r}")
     if made_for is not None and document.get("made_for") not in ("", made_for):
         raise ArtefactError(
             f"{folder} was made for {document['made_for']}, not for {made_for}; make one for it, or load with made_for=None to use it all the same"
         )
     changes = dict(changes or {})
-    methods = [_Reader(folder, changes).build(described) for described in document["methods"]]
+    try:
+        methods = [_Reader(folder, changes).build(described) for described in document["methods"]]
+    except (KeyError, AttributeError) as error:
+        raise ArtefactError(f"{folder}/method.json is damaged: it lacks {error}") from error
+    if not all(isinstance(method, Method) for method in methods):
+        raise ArtefactError(f"{folder}/method.json is damaged: not all of its methods are methods")
     if changes:
         raise ValueError(f"{folder} has no field {sorted(changes)[0]!r}")
     return methods

@@ -55,7 +55,9 @@ class Detector(Generic[Item]):
     def verdicts(self, items: Sequence[Item]) -> list[Verdict]:
         """One verdict per item."""
         scores = [float(score) for score in self(items)]
-        return [Verdict(score, self.threshold, score > self.threshold, self.concept) for score in scores]
+        if len(scores) != len(items):
+            raise ValueError(f"{type(self).__name__} gave {len(scores)} scores for {len(items)} items")
+        return [Verdict(score, self.threshold, exceeds(score, self.threshold), self.concept) for score in scores]
 
     def calibrate(self, benign: Sequence[Item], target_fpr: float = 0.01, confidence: float = 0.95) -> Calibration:
         """Sets the threshold so that at most `target_fpr` of benign items are flagged, with `confidence`.
@@ -71,6 +73,11 @@ class Detector(Generic[Item]):
             )
         self.calibration, self.threshold = calibration, calibration.threshold
         return calibration
+
+
+def exceeds(score: float, threshold: float) -> bool:
+    """Whether a score is above the threshold; so is one that can't be compared (NaN)."""
+    return not score <= threshold
 
 
 def highest(verdicts: Sequence[Verdict]) -> Verdict:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedPipeline
 from .site import Layout, Stream
 
 
@@ -69,6 +70,7 @@ class Call:
 
         Keeps both halves of a guided batch unless `conditional` asks for the prompt's rows alone.
         """
+        _refuse_row_conditioning(self.rest)
         count = len(self.samples) if self.conditional else len(self.text)
         starts = [self.cond.start] if conditional else range(0, len(self.text), count)
         rows = torch.tensor([start + position for start in starts for position in positions], device=self.text.device)
@@ -110,6 +112,16 @@ class Heads:
     queries: Mapping[Stream, slice]
     """Where each stream's tokens are among the queries."""
     keys: Mapping[Stream, slice]
+
+
+def _refuse_row_conditioning(rest: Mapping[str, Any]) -> None:
+    """Raises where further arguments hold one entry per row in a form that can't be picked apart."""
+    nested = [rest.get(name) or {} for name in ("added_cond_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")]
+    names = {name for mapping in nested for name in mapping if name == "image_embeds" or name.startswith("ip_")}
+    if names or rest.get("timestep_cond") is not None:
+        raise UnsupportedPipeline(
+            "an extra branch can't be made with an IP-Adapter or a guidance embedding; unload it, or use another guard"
+        )
 
 
 def put(tensor: Tensor, rows: Any, values: Tensor) -> Tensor:

@@ -71,9 +71,10 @@ class Run:
     def judge(self, detector: Detector[str]) -> list[Verdict]:
         """A verdict per image: the most alarming over all texts that describe it; equal texts are judged once."""
         self.prompts  # raises without texts  # noqa: B018
-        texts = list(dict.fromkeys(text for wording in self.wordings or () for text in wording))
+        views = {text: self.backbone.windows(text) for wording in self.wordings or () for text in wording}
+        texts = list(dict.fromkeys(piece for pieces in views.values() for piece in pieces))
         verdicts = dict(zip(texts, detector.within(self).verdicts(texts), strict=True))
-        return [highest([verdicts[text] for text in wording]) for wording in self.wordings or ()]
+        return [highest([verdicts[piece] for text in wording for piece in views[text]]) for wording in self.wordings or ()]
 
     def record(self, event: str, **facts: Any) -> None:
         """Notes an event of this step."""

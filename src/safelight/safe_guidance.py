@@ -124,7 +124,7 @@ def token_shifts(run: Run, pairs: Sequence[Pair], limit: int = 4096) -> TokenShi
         categories = list(dict.fromkeys(pair.category for pair in pairs))
         owner = torch.tensor([categories.index(pair.category) for pair in usable])
         difference = (safe.pooled - unsafe.pooled).float()
-        pooled = torch.stack([difference[owner == index].mean(dim=0) for index in range(len(categories))])
+        pooled = torch.stack([(difference[owner == i] if (owner == i).any() else difference).mean(dim=0) for i in range(len(categories))])
     return TokenShifts(tokens[chosen], shifts[chosen], pooled)
 
 

@@ -6,13 +6,17 @@ import ast
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
+
+PARTS = ("detector", "method")
+"""Fields that hold parts with hyper-parameters of their own."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Field:
     choices: tuple[str, ...] = ()
     optional: bool = False
     nonempty: bool = False
+    below_high: bool = False
+    """Whether `high` itself is out of range."""
 
     def parse(self, text: str) -> Any:
         """A value from its text form.
@@ -60,7 +66,7 @@ class Field:
     def range(self) -> str:
         """The range in words."""
         if self.low is not None and self.high is not None:
-            return f" from {self.low:g} to {self.high:g}"
+            return f" from {self.low:g} to {'below ' if self.below_high else ''}{self.high:g}"
         return f" of at least {self.low:g}" if self.low is not None else f" of at most {self.high:g}" if self.high is not None else ""
 
     def check(self, value: Any) -> None:
@@ -73,7 +79,7 @@ class Field:
             raise ValueError(f"{self.name}={value!r} is not one of {', '.join(self.choices)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-            if not inside:  # also true for NaN
+            if not inside or not math.isfinite(value) or (self.below_high and value == self.high):
                 raise ValueError(f"{self.name}={value!r} is out of range: give a number{self.range}")
 
 
@@ -88,8 +94,10 @@ def fields_of(cls: type) -> list[Field]:
         kind, low, high, choices, optional = _kind(hints[field.name])
         if "artefact" in field.metadata:
             kind = "artefact"
-        nonempty = any(isinstance(note, MinLen) for note in getattr(hints[field.name], "__metadata__", ()))
-        found.append(Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty))
+        notes = getattr(hints[field.name], "__metadata__", ())
+        nonempty = any(isinstance(note, MinLen) for note in notes)
+        below_high = any(isinstance(note, Interval | Lt) and note.lt is not None for note in notes)
+        found.append(Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty, below_high))
     return found
 
 
@@ -107,12 +115,15 @@ def field_of(cls: type, name: str) -> Field:
 
 
 def check(instance: Any) -> None:
-    """Makes sure that every hyper-parameter of a dataclass instance is within its range.
+    """Makes sure that every hyper-parameter of a dataclass instance, and of the parts it holds, is within its range.
 
     Raises:
         ValueError: naming the field, the value and the range.
     """
     for field in fields_of(type(instance)):
+        part = getattr(instance, field.name)
+        if field.name in PARTS and is_dataclass(part):
+            check(part)
         if field.kind != "artefact":
             try:
                 field.check(getattr(instance, field.name))

@@ -17,11 +17,14 @@ class ForeignWrapperWarning(UserWarning):
     """Somebody wrapped a function after the guard did; the guard steps aside but can't take its wrapper out."""
 
 
-def wrap(stack: ExitStack, owner: Any, name: str, around: Callable[..., Any]) -> None:
+def wrap(stack: ExitStack, owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Replaces a bound method on one instance by `around(original, *args, **kwargs)`; `stack` puts it back.
 
     The wrapper keeps the signature, which pipelines inspect. If it was itself wrapped by the time `stack` unwinds, it stays where
     it is, calls the original, and a warning says so.
+
+    Returns:
+        A function that puts the wrapper on again, should somebody have restored what was there before it.
     """
     original = getattr(owner, name)
     before = vars(owner).get(name)
@@ -46,8 +49,25 @@ def wrap(stack: ExitStack, owner: Any, name: str, around: Callable[..., Any]) ->
         else:
             setattr(owner, name, before)
 
+    def renew() -> None:
+        nonlocal original, before
+        current = getattr(owner, name)
+        if not _contains(current, wrapper):
+            original, before = current, vars(owner).get(name)
+            setattr(owner, name, wrapper)
+
     setattr(owner, name, wrapper)
     stack.callback(undo)
+    return renew
+
+
+def _contains(function: Any, wrapper: Callable[..., Any]) -> bool:
+    """Whether a function is the wrapper, or was wrapped around it (with `functools.wraps`)."""
+    while function is not None:
+        if function is wrapper:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 class Turnstile:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..backbone import Backbone
+from ..errors import UnsupportedPipeline
 from ..site import Attention, Layout, Port
 
 
@@ -24,6 +27,14 @@ class SD3(Backbone):
         "joint.attention:image": Port("attn.to_out.0", "input", 0, ("image",)),
     }
     attentions = {"joint.attention": Attention("attn", ("image", "text"), ("image", "text"))}
+
+    def cond(self, rows: int, turn: int) -> slice:
+        return slice(0, rows) if turn else super().cond(rows, turn)  # skip-layer guidance asks for the prompt's rows again
+
+    def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
+        if len(predictions) > 1:
+            raise UnsupportedPipeline("an extra branch can't repeat skip-layer guidance; leave it off, or use coupling='coupled'")
+        return super().guide(predictions, scale)
 
     def layout(self, arguments: Mapping[str, Any]) -> Layout:
         patch = self.pipe.transformer.config.patch_size

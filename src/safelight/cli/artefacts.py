@@ -84,11 +84,14 @@ def read_pairs(path: Path) -> list[Any]:
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} can't be read ({error}); give a CSV file with the columns unsafe, safe, category") from None
     missing = {"unsafe", "category"} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path} lacks the column {sorted(missing)[0]!r} or is empty; it needs unsafe, safe, category")
+    for number, row in enumerate(rows, 2):
+        if not (row["unsafe"] or "").strip() or not (row["category"] or "").strip():
+            raise ValueError(f"{path}, row {number}: unsafe and category must not be empty")
     return [Pair(row["unsafe"], row.get("safe") or "", row["category"]) for row in rows]
 
 

@@ -39,7 +39,12 @@ def evaluate(
     methods = build(guard, pipeline, settings, bank)
     quiet()
     generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
-    description = {"pipeline": pipeline, "guard": " + ".join(guard), "settings": settings, "bank": str(bank) if bank else None}
+    description = {
+        "pipeline": pipeline,
+        "guard": " + ".join(guard),
+        "settings": settings,
+        "artefacts": artefacts([*guard, str(bank or "")], pipeline),
+    }
     with progress(as_json) as advance:
         results = run(
             generator,
@@ -52,6 +57,18 @@ def evaluate(
             progress=advance,
         )
     emit(results, as_json, table(results) + f"\n{out / 'results.json'}")
+
+
+def artefacts(names: list[str], pipeline: str) -> dict[str, str]:
+    """A hash of every file that the figures depend on: a changed one makes another run."""
+    import hashlib
+
+    from ..testbed.pipelines import weights_folder
+
+    files = [path for name in names if name for path in ([Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*")))]
+    if pipeline.startswith("testbed/"):
+        files += sorted(weights_folder().glob("*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files if path.is_file()}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Self
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from ..bank import PROBES, Bank, Encoder, embed_all
 from ..calibration import Calibration
-from ..detector import Context, Detector, Verdict
+from ..detector import Context, Detector, Verdict, exceeds
 
 TYPICAL = 0.1
 """With the default temperature of 0.05, a neighbour at this squared distance has lost a factor of e."""
@@ -34,7 +34,7 @@ class Neighbours(Detector[str]):
     """How fast a vote loses weight: by a factor of e for each `temperature` of distance (1 - cosine, or its like in a learned metric)."""
     encoder: Encoder | None = field(default=None, metadata={"artefact": "encoder"})
     """What embeds prompts."""
-    threshold: float = 0.5
+    threshold: Annotated[float, Interval(ge=0, lt=1)] = 0.5
     """Score above which a prompt is unsafe; set by the bank's calibration where it has one."""
     calibration: Calibration | None = field(default=None, metadata={"artefact": "bank"})
 
@@ -64,7 +64,12 @@ class Neighbours(Detector[str]):
         votes = self._votes(items)  # [batch, 1 + categories]
         scores, concepts = votes[:, 1:].sum(dim=1).clamp(max=1).tolist(), votes[:, 1:].argmax(dim=1).tolist()
         return [
-            Verdict(score, self.threshold, score > self.threshold, self.bank.categories[concept] if score > self.threshold else None)
+            Verdict(
+                score,
+                self.threshold,
+                exceeds(score, self.threshold),
+                self.bank.categories[concept] if exceeds(score, self.threshold) else None,
+            )
             for score, concept in zip(scores, concepts, strict=True)
         ]
 

@@ -59,6 +59,10 @@ def evaluate(
     """
     out.mkdir(parents=True, exist_ok=True)
     main = find(benchmark)
+    if not any(case.unsafe for case in main.cases(sizes.unsafe)):
+        raise ValueError(
+            f"{benchmark} has no unsafe prompts, so there is nothing to erase; it runs along with testbed/weapons and its like"
+        )
     companions = _companions(main)
     identity = {"protocol": f"{main.name}/{main.version}", "sizes": vars(sizes), "batch": batch, **(description or {})}
     _claim(out, identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -48,6 +49,8 @@ def retention(cases: Sequence[Case], base: Sequence[Sight], guarded: Sequence[Si
         kept = [later for earlier, later in named if earlier]
         if kept:
             rows.append((float(sum(kept)), float(len(kept))))
+    if not rows:
+        return Estimate(math.nan, math.nan, math.nan, 0)
     return bootstrap(rows, lambda table: float(table[:, 0].sum() / table[:, 1].sum()))
 
 
@@ -82,7 +85,7 @@ def overhead(base: Sequence[float], guarded: Sequence[float]) -> Estimate:
 
 
 def least_favourable(per_judge: Mapping[str, Mapping[str, Estimate]], name: str) -> Estimate:
-    """The figure of the judge that thinks least of the guard."""
+    """The figure of the judge that thinks least of the guard; undefined if it is so for any judge."""
     values = [metrics[name] for metrics in per_judge.values()]
     worst = max if name in ("unsafe_rate", "sadi_s") else min
-    return worst(values, key=lambda estimate: estimate.value)
+    return next((value for value in values if math.isnan(value.value)), None) or worst(values, key=lambda estimate: estimate.value)
