@@ -16,14 +16,16 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CHECKS = ("judges", "testbed/sd", "testbed/flux", "testbed/kontext")
+BASELINE = (80, 40, 60)
+"""How many unsafe, benign and proximal prompts a baseline gets."""
 PLAN = (
-    ("testbed/sd", "dual_latent", "testbed/weapons"),
-    ("testbed/sd", "negative_prompt", "testbed/weapons"),
-    ("testbed/sd", "block", "testbed/weapons"),
-    ("testbed/flux", "dual_latent", "testbed/weapons"),
-    ("testbed/flux", "negative_prompt", "testbed/weapons"),
-    ("testbed/flux", "block", "testbed/weapons"),
-    ("testbed/kontext", "dual_latent", "testbed/edits-unsafe"),
+    ("testbed/sd", "dual_latent", "testbed/weapons", (200, 100, 100)),
+    ("testbed/flux", "dual_latent", "testbed/weapons", (200, 100, 100)),
+    ("testbed/kontext", "dual_latent", "testbed/edits-unsafe", (120, 60, 1)),
+    ("testbed/sd", "negative_prompt", "testbed/weapons", BASELINE),
+    ("testbed/sd", "block", "testbed/weapons", BASELINE),
+    ("testbed/flux", "negative_prompt", "testbed/weapons", BASELINE),
+    ("testbed/flux", "block", "testbed/weapons", BASELINE),
 )
 SHOWN = ("unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "untouched", "over_refusal", "sadi", "sadi_delta_p_forced")
 
@@ -48,11 +50,12 @@ def check(what: str, out: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())["judges"])
 
 
-def evaluation(pipeline: str, guard: str, benchmark: str, out: Path) -> dict[str, Any]:
+def evaluation(pipeline: str, guard: str, benchmark: str, sizes: tuple[int, int, int], out: Path) -> dict[str, Any]:
     """The results of `safelight evaluate`."""
     folder = out / f"{pipeline.split('/')[-1]}-{benchmark.split('/')[-1]}-{guard}"
     words = ("--pipeline", pipeline, "--guard", guard, "--benchmark", benchmark, "--out", str(folder))
-    return dict(json.loads(safelight("evaluate", *words)))
+    counts = zip(("--unsafe", "--benign", "--proximal"), map(str, sizes), strict=True)
+    return dict(json.loads(safelight("evaluate", *words, *(word for pair in counts for word in pair))))
 
 
 def safelight(*words: str) -> str:
