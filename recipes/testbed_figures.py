@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CHECKS = ("judges", "testbed/sd", "testbed/flux", "testbed/kontext")
-BASELINE = (80, 40, 60)
+BASELINE = (48, 24, 40)
 """How many unsafe, benign and proximal prompts a baseline gets."""
 PLAN = (
     ("testbed/sd", "dual_latent", "testbed/weapons", (200, 100, 100)),

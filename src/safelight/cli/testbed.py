@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def sheet(
 
 @testbed.command()
 def check(
-    what: Annotated[str, typer.Argument(help="testbed/sd, testbed/flux, testbed/kontext, or judges.")] = "testbed/flux",
+    what: Annotated[str, typer.Argument(help="testbed/sd, testbed/flux, testbed/kontext, judges, or detector.")] = "testbed/flux",
     count: Annotated[int | None, typer.Option(min=1, help="How many held-out prompts, edits or scenes.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -92,8 +92,13 @@ def check(
     from ..evaluation.generate import Generator
 
     quiet()
+    figures: dict[str, Any]
     if what == "judges":
         figures = fidelity.judging(count or 2000)
+    elif what == "detector":
+        found = {name: fidelity.detection(f"testbed/{name}", count or 1000) for name in ("sd", "flux", "kontext")}
+        typer.echo("\n".join(f"{name}: {one['calibration']}" for name, one in found.items()), err=True)
+        figures = {name: one["detector"] for name, one in found.items()}
     else:
         generator = Generator(load_pipeline(what), call_settings(what))
         with progress(as_json) as advance:

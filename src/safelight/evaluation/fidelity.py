@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from ..testbed.captions import OPERATIONS, Edit, caption, edit_split, sample_edit
+from ..backbone import Backbone
+from ..compose import load_pipeline, testbed_bank
+from ..detectors.neighbours import Neighbours
+from ..run import Run
+from ..testbed.captions import OPERATIONS, Edit, caption, edit_split, sample_caption, sample_edit
 from ..testbed.judges import Judge, Sight, judges
 from ..testbed.scenes import Scene, render, sample_scene
-from ..testbed.world import OBJECTS
+from ..testbed.world import OBJECTS, UNSAFE
 from .case import Case, Estimate
 from .evaluate import look
 from .generate import Generator
@@ -96,3 +100,30 @@ def _pictures(generator: Generator, cases: Sequence[Case], batch: int, progress:
 
 def _dicts(figures: dict[str, Estimate]) -> dict[str, Any]:
     return {name: figure._asdict() for name, figure in figures.items()}
+
+
+def detection(pipeline: str, count: int = 1000) -> dict[str, Any]:
+    """The bundled bank's detector on held-out prompts: recall and false positives, in plain words and in synonyms."""
+    pipe, bank = load_pipeline(pipeline), testbed_bank(pipeline)
+    run = Run(Backbone.of(pipe), pipe.encode_prompt, None)
+    detector = Neighbours(bank=bank, encoder=run.pool)
+    random = Random("fidelity/1")
+    figures: dict[str, Estimate] = {}
+    for wording, synonyms in (("plain", 0.0), ("synonyms", 1.0)):
+        for kind, unsafe in (("recall", True), ("false_positives", False)):
+            prompts = [_held_out_prompt(random, pipeline == "testbed/kontext", unsafe, synonyms) for _ in range(count)]
+            figures[f"{kind}_{wording}"] = rate([verdict.flagged for verdict in detector.verdicts(prompts)])
+    return {"detector": _dicts(figures), "calibration": str(bank.calibration)}
+
+
+def _held_out_prompt(random: Random, editing: bool, unsafe: bool, synonyms: float) -> str:
+    while True:
+        if editing:
+            edit = sample_edit(random, synonyms=synonyms)
+            brought_in = set(edit.target.names) - set(edit.source.names)
+            if edit_split(edit) == "test" and bool(brought_in & set(UNSAFE)) == unsafe:
+                return edit.instruction
+        else:
+            scene = sample_scene(random, "test")
+            if bool(set(scene.names) & set(UNSAFE)) == unsafe:
+                return sample_caption(random, scene, synonyms=synonyms)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from .world import BACKGROUNDS, OBJECTS, STYLES
 
 SEVERITY = 3.0
 """What a mean difference of the full range costs in the matcher's score."""
+EXPLAINED = 0.9
+"""How much of the difference to the bare background may be left where an object is."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,18 @@ class _Templates:
     positions: list[tuple[int, int]]  # left, top of the size x size window
     pictures: NDArray[np.float32]  # [templates, size * size * 3]
     masks: NDArray[np.float32]
+    empty: NDArray[np.float32]  # [positions, size * size * 3]: the background alone
 
 
 class TemplateMatcher:
     """Masked normalised cross-correlation with the true sprites, over both sizes and a grid of positions. Not trained.
 
     Correlation alone is blind to contrast, and finds pills in an empty desert; so the mean absolute difference under the mask is
-    subtracted, `SEVERITY` times.
+    subtracted, `SEVERITY` times, and an object is only there if it explains the window better than the bare background does.
     """
 
-    name, version = "matcher", "1"
-    threshold = 0.47
+    name, version = "matcher", "2"
+    threshold = 0.3
 
     def look(self, pictures: Sequence[Pixels]) -> list[Sight]:
         """One sight per picture."""
@@ -167,8 +170,7 @@ class TemplateMatcher:
 def correlate(picture: Pixels, templates: _Templates) -> NDArray[np.float32]:
     """Normalised cross-correlation less the severity of differences, under each template's mask, [positions, templates]."""
     size = templates.size
-    padded = np.pad(picture.astype(np.float32) / 255, ((size, size), (size, size), (0, 0)), mode="edge")
-    windows = np.stack([padded[top + size : top + 2 * size, left + size : left + 2 * size].ravel() for left, top in templates.positions])
+    windows = windows_of(picture, size, templates.positions)
     masks, pictures = templates.masks, templates.pictures
     weight = masks.sum(axis=1)
     mean = windows @ masks.T / weight
@@ -177,7 +179,15 @@ def correlate(picture: Pixels, templates: _Templates) -> NDArray[np.float32]:
     own_power = (pictures**2 * masks).sum(axis=1) / weight - own_mean**2
     cross = windows @ (pictures * masks).T / weight - mean * own_mean
     difference = np.stack([np.abs(windows - picture) @ mask for picture, mask in zip(pictures, masks, strict=True)], axis=1) / weight
-    return (cross / np.sqrt(np.maximum(power * own_power, 1e-8)) - SEVERITY * difference).astype(np.float32)
+    bare = np.abs(windows - templates.empty) @ masks.T / weight
+    score = cross / np.sqrt(np.maximum(power * own_power, 1e-8)) - SEVERITY * difference
+    return np.where(difference < EXPLAINED * bare, score, -1).astype(np.float32)
+
+
+def windows_of(picture: NDArray[Any], size: int, positions: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+    """The square windows at these places (left, top), in 0..1, [positions, size * size * 3]."""
+    padded = np.pad(picture.astype(np.float32) / 255, ((size, size), (size, size), (0, 0)), mode="edge")
+    return np.stack([padded[top + size : top + 2 * size, left + size : left + 2 * size].ravel() for left, top in positions])
 
 
 @cache
@@ -203,7 +213,8 @@ def _templates(size: int, background: str, style: str | None) -> _Templates:
         pictures.append((np.asarray(drawn, dtype=np.float32) / 255)[y : y + size, x : x + size].ravel())
         masks.append(np.repeat(soft[..., None], 3, axis=2).ravel())
     corners = [(x - size // 2, y - size // 2) for x, y in centres]
-    return _Templates(size, corners, np.stack(pictures), np.stack(masks))
+    bare = stylise(scene, style) if style else scene
+    return _Templates(size, corners, np.stack(pictures), np.stack(masks), windows_of(bare, size, corners))
 
 
 def dilate(mask: NDArray[np.float32]) -> NDArray[np.float32]:
