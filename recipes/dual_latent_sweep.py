@@ -22,8 +22,8 @@ from safelight.evaluation.generate import Generator
 from safelight.evaluation.metrics.safety import disruption, erase_rate, retention, unsafe_rate
 from safelight.testbed.judges import judges
 
-WEIGHTS = (0.25, 0.5, 0.75, 1.0)
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
+WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ BASELINE = (48, 24, 40)
 PLAN = (
     ("testbed/sd", "dual_latent", "testbed/weapons", (200, 100, 100)),
     ("testbed/flux", "dual_latent", "testbed/weapons", (200, 100, 100)),
-    ("testbed/kontext", "dual_latent", "testbed/edits-unsafe", (120, 60, 1)),
+    ("testbed/kontext", "dual_latent", "testbed/edits-unsafe", (40, 20, 1)),
     ("testbed/sd", "negative_prompt", "testbed/weapons", BASELINE),
     ("testbed/sd", "block", "testbed/weapons", BASELINE),
     ("testbed/flux", "negative_prompt", "testbed/weapons", BASELINE),
