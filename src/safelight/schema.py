@@ -11,6 +11,7 @@ import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
@@ -83,6 +84,7 @@ class Field:
                 raise ValueError(f"{self.name}={value!r} is out of range: give a number{self.range}")
 
 
+@cache
 def fields_of(cls: type) -> list[Field]:
     """The fields of a dataclass of hyper-parameters, in order."""
     hints, docs = get_type_hints(cls, include_extras=True), attribute_docs(cls)
