@@ -105,7 +105,7 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
     cls = METHODS[name]
     own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
     given: dict[str, Any] = {}
-    artefacts = {field.name for field in fields_of(cls) if field.kind == "artefact"}
+    artefacts = {field.name for field in fields_of(cls) if field.kind == "artefact"}  # type: ignore[arg-type]  # classes are hashable
     if "detector" in artefacts:
         detector = own.pop("detector", "neighbours")
         given["detector"] = _detector(detector, pipeline, changes, bank)

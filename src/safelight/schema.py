@@ -122,7 +122,7 @@ def check(instance: Any) -> None:
     Raises:
         ValueError: naming the field, the value and the range.
     """
-    for field in fields_of(type(instance)):
+    for field in fields_of(type(instance)):  # type: ignore[arg-type]  # classes are hashable
         part = getattr(instance, field.name)
         if field.name in PARTS and is_dataclass(part):
             check(part)
