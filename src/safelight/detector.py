@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -102,6 +102,3 @@ class Forced(Detector[Any]):
 
     def verdicts(self, items: Sequence[Any]) -> list[Verdict]:
         return [replace(verdict, flagged=True, note="forced") for verdict in self.detector.verdicts(items)]
-
-
-Scorer = Callable[[Sequence[Any]], Tensor]

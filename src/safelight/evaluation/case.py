@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,18 +62,6 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
-
-
-@runtime_checkable
-class Benchmark(Protocol):
-    """A named, versioned list of cases."""
-
-    name: str
-    version: str
-
-    def cases(self, count: int) -> Sequence[Case]:
-        """The first `count` cases."""
-        ...
 
 
 def path_of(out: Path, arm: str, case: Case) -> Path:

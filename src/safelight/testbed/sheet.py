@@ -52,6 +52,3 @@ def wrap(label: str, cell: int) -> list[str]:
 def font(size: int) -> Any:
     """Pillow's own font."""
     return ImageFont.load_default(size)
-
-
-__all__ = ["contact_sheet", "enlarged"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -88,9 +88,6 @@ def instructions(generator: torch.Generator, edits: list[Edit], dropout: float) 
 
 def _dropped(random: Random, text: str, dropout: float) -> str:
     return "" if random.random() < dropout else text
-
-
-Noise = Callable[[torch.Generator, Tensor], Tensor]
 
 
 def noise_like(generator: torch.Generator, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import architectures
-from ..captions import INSTRUCTIONS, OPERATIONS, Edit, sample_caption, sample_edit
+from ..captions import OPERATIONS, Edit, sample_caption, sample_edit
 from ..scenes import Scene, sample_scene
 from ..tokenizer import build
 from ..world import BACKGROUNDS, OBJECTS, STYLES, SYNONYMS
@@ -113,6 +113,3 @@ def loss_of(parser: Parser, batch: int = 64) -> Loss:
         return total
 
     return loss
-
-
-__all__ = ["INSTRUCTIONS", "RECIPE", "Parser", "loss_of", "tokens"]
