@@ -104,9 +104,10 @@ class Guard:
 
     def _check_conflicts(self) -> None:
         module = getattr(self.pipe, self.backbone.denoiser)
-        if getattr(module, "is_cache_enabled", False) or any(_skips_blocks(part) for part in module.modules()):
+        states = [vars(part) for part in module.modules()]
+        if getattr(module, "is_cache_enabled", False) or any(_skips_blocks(state) for state in states):
             raise UnsupportedPipeline("a block cache skips blocks and with them the guard; call `disable_cache()` on the denoiser first")
-        if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()):
+        if any(state.get("_compiled_call_impl") is not None or "_orig_mod" in state["_modules"] for state in states):
             raise UnsupportedPipeline(
                 "the denoiser is compiled, and its activations are out of reach; attach the guard to the plain module"
             )
@@ -242,9 +243,9 @@ def _swapped(verb: Callable[..., Any], following: Callable[[Any], Any], flowing:
     return verb(flowing, following)
 
 
-def _skips_blocks(module: Any) -> bool:
-    """Whether a diffusers hook on this module may leave it out: caches can be applied without `enable_cache`."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+def _skips_blocks(state: dict[str, Any]) -> bool:
+    """Whether a diffusers hook may leave the module of this state out: caches can be applied without `enable_cache`."""
+    hooks = getattr(state.get("_diffusers_hook"), "hooks", {})
     return any(word in name for name in hooks for word in ("cache", "fbc", "broadcast", "layer_skip"))
 
 

@@ -47,6 +47,7 @@ class Backbone:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.module: nn.Module = getattr(pipe, self.denoiser)
+        self._signature = inspect.signature(type(self.module).forward)
 
     @classmethod
     def of(cls, pipe: Any) -> Backbone:
@@ -121,7 +122,7 @@ class Backbone:
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], turn: int, samples: int) -> Call:
         """The arguments of a denoiser call as a record; `samples` images are being made."""
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs).arguments
+        bound = self._signature.bind(self.module, *args, **kwargs).arguments
         arguments = {**bound, **bound.get("kwargs", {})}
         for name in ("self", "kwargs"):
             arguments.pop(name, None)
