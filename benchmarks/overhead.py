@@ -19,7 +19,7 @@ from safelight.attach import guard
 from safelight.cli.console import quiet
 from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
-from safelight.evaluation.generate import Generator
+from safelight.generator import Generator
 
 ARMS = (
     ("benign", "dual_latent", []),

@@ -18,8 +18,8 @@ from safelight.cli.console import progress, quiet
 from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.evaluate import look
-from safelight.evaluation.generate import Generator
 from safelight.evaluation.metrics.safety import disruption, erase_rate, retention, unsafe_rate
+from safelight.generator import Generator
 from safelight.testbed.judges import judges
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75)

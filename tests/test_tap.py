@@ -85,8 +85,8 @@ def test_attention_masks_follow_the_conditional_rows() -> None:
     seen: list[Tensor] = []
 
     def handle(compute: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.append(compute(q[2:], k[2:], v[2:]))
-        return compute(q, k, v)
+        seen.append(compute(q[2:], k[2:], v[2:], None, [2, 3]))
+        return compute(q, k, v, None, None)
 
     with _Interception(handle):
         whole = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)

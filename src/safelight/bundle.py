@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .anchors import Anchors
 from .bank import Bank
 from .calibration import Calibration
 from .detector import Detector
@@ -20,6 +21,8 @@ from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite
 FORMAT = "safelight-bundle/1"
 METHODS: Registry[Method] = Registry("safelight.methods", Method)
 DETECTORS: Registry[Detector[Any]] = Registry("safelight.detectors", Detector)
+ARTEFACTS: Mapping[str, Any] = {"bank": Bank, "anchors": Anchors}
+"""Weights with a file format of their own, by the name of their files."""
 PROVIDERS: Mapping[str, type] = {kind.__name__: kind for kind in (InContext, NearestTwin, Rewrite, Arithmetic)}
 ENCODERS: Mapping[str, type] = {SentenceEncoder.__name__: SentenceEncoder}
 
@@ -78,13 +81,14 @@ def load(folder: str | Path, *, made_for: str | None = None, changes: Mapping[st
 class _Writer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.banks: dict[int, str] = {}
+        self.files: dict[int, str] = {}
 
     def describe(self, value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if isinstance(value, Bank):
-            return {"kind": "bank", "file": self._bank(value)}
+        for kind, cls in ARTEFACTS.items():
+            if isinstance(value, cls):
+                return {"kind": kind, "file": self._file(kind, value)}
         if isinstance(value, Calibration):
             return {"kind": "calibration", "fields": vars(value)}
         if isinstance(value, Mapping):
@@ -95,13 +99,15 @@ class _Writer:
             kind, name = _name_of(value)
             stored = [f.name for f in fields(value) if f.init and "local" not in f.metadata]
             return {"kind": kind, "name": name, "fields": {field: self.describe(getattr(value, field)) for field in stored}}
-        raise ValueError(f"a bundle can't store {type(value).__name__}; artefacts are numbers, texts, banks, detectors and methods")
+        raise ValueError(
+            f"a bundle can't store {type(value).__name__}; artefacts are numbers, texts, banks, anchors, detectors and methods"
+        )
 
-    def _bank(self, bank: Bank) -> str:
-        if id(bank) not in self.banks:
-            self.banks[id(bank)] = f"bank-{len(self.banks)}.safetensors"
-            bank.save(self.folder / self.banks[id(bank)])
-        return self.banks[id(bank)]
+    def _file(self, kind: str, artefact: Any) -> str:
+        if id(artefact) not in self.files:
+            self.files[id(artefact)] = f"{kind}-{len(self.files)}.safetensors"
+            artefact.save(self.folder / self.files[id(artefact)])
+        return self.files[id(artefact)]
 
 
 def _name_of(value: Any) -> tuple[str, str]:
@@ -119,19 +125,21 @@ def _name_of(value: Any) -> tuple[str, str]:
 class _Reader:
     def __init__(self, folder: Path, changes: dict[str, Any]) -> None:
         self.folder, self.changes = folder, changes
-        self.banks: dict[str, Bank] = {}
+        self.files: dict[str, Any] = {}
 
     def build(self, described: Any) -> Any:
         if isinstance(described, list):
             return tuple(self.build(item) for item in described)
         if not isinstance(described, dict):
             return described
-        kind = described.get("kind")
-        if kind == "bank":
+        kind = str(described.get("kind"))
+        if kind in ARTEFACTS:
             file = str(described["file"])
             if Path(file).name != file:
                 raise ArtefactError(f"{self.folder}/method.json points outside the bundle: {file!r}")
-            return self.banks.setdefault(file, Bank.load(self.folder / file)) if file not in self.banks else self.banks[file]
+            if file not in self.files:
+                self.files[file] = ARTEFACTS[kind].load(self.folder / file)
+            return self.files[file]
         given = {name: self.build(value) for name, value in described.get("fields", {}).items()}
         if kind == "mapping":
             return given

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .anchors import Anchors
 from .bank import Bank
 from .bundle import DETECTORS, METHODS, load
 from .detector import Detector
@@ -16,6 +17,7 @@ from .method import Method
 from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite, SafeGuidance
 from .schema import field_of, fields_of
 
+WEIGHTS = Path(__file__).parent / "testbed" / "weights"
 GUIDANCE = ("arithmetic", "twin", "context", "rewrite")
 
 
@@ -52,7 +54,7 @@ def call_settings(name: str) -> dict[str, Any]:
 @cache
 def testbed_bank(pipeline: str) -> Bank:
     """The bank that ships for a testbed pipeline."""
-    return Bank.load(Path(__file__).parent / "testbed" / "weights" / f"bank-{pipeline.removeprefix('testbed/')}.safetensors")
+    return Bank.load(WEIGHTS / f"bank-{pipeline.removeprefix('testbed/')}.safetensors")
 
 
 def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), bank: Path | None = None) -> list[Method]:
@@ -116,6 +118,8 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
         given["guidance"] = Rewrite() if chosen == "rewrite" else _guidance(chosen, _bank(pipeline, bank))
     if "method" in artefacts:
         given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
+    if "anchors" in artefacts:
+        given["anchors"] = _anchors(pipeline)
     given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
     if name == "negative_prompt":
         given.setdefault("words", default_words(pipeline))
@@ -144,6 +148,15 @@ def _bank(pipeline: str, bank: Path | None) -> Bank:
         return testbed_bank(pipeline)
     raise ArtefactError(
         f"this guard needs a bank of known prompts for {pipeline!r}; make one with `safelight bank`, and pass it as --bank FILE"
+    )
+
+
+def _anchors(pipeline: str) -> Anchors:
+    file = WEIGHTS / f"anchors-{pipeline.removeprefix('testbed/')}.safetensors"
+    if pipeline.startswith("testbed/") and file.is_file():
+        return Anchors.load(file)
+    raise ArtefactError(
+        f"there are no anchors for {pipeline!r}; collect some with `safelight train uvr`, and pass its folder as --guard FOLDER"
     )
 
 

@@ -19,7 +19,7 @@ from . import __version__
 from .attach import guard
 from .compose import build, call_settings, load_pipeline
 from .evaluation.case import Case
-from .evaluation.generate import Generator
+from .generator import Generator
 from .method import Method
 from .record import Record
 from .testbed.scenes import Scene, render

@@ -112,6 +112,18 @@ class Heads:
     queries: Mapping[Stream, slice]
     """Where each stream's tokens are among the queries."""
     keys: Mapping[Stream, slice]
+    bias: Tensor | None = None
+    """Added to the logits before the softmax: broadcasts to [batch, heads, queries, keys], and stays small if it does."""
+    rows: tuple[int, ...] | None = None
+    """Which of the conditional rows these are; None: all."""
+
+    def take(self, rows: Sequence[int]) -> Heads:
+        """Some of the rows only."""
+        if len(rows) == len(self.query) and self.rows is None:
+            return self
+        chosen = torch.tensor(rows, device=self.query.device)
+        owners = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
+        return replace(self, query=self.query[chosen], key=self.key[chosen], value=self.value[chosen], rows=owners)
 
 
 def _refuse_row_conditioning(rest: Mapping[str, Any]) -> None:

@@ -55,6 +55,11 @@ class Method:
         """Wraps an attention, [batch, heads, tokens, width], conditional rows."""
         return attend(heads)
 
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` has anything to do in this call of the denoiser; where it hasn't, attention is not intercepted."""
+        return True
+
     def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
         """Wraps the scheduler; returns the next latents."""
         return advance(step)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .detector import Detector, Verdict, highest
-from .errors import PromptRequired
+from .errors import PromptRequired, UnsupportedPipeline
 from .flow import Call, Embedding
 from .record import Action, Record
 from .site import Layout
@@ -26,8 +26,8 @@ class Run:
         """How many images are being made; with embeddings only, known from the first denoiser call on."""
         self.index = 0
         """Steps done."""
-        self.call: Call | None = None
-        """The denoiser call under way."""
+        self._call: Call | None = None
+        self._layout: Layout | None = None
         self.events: list[dict[str, Any]] = []
         """What methods recorded, in order: reports, audit log, the UI's timeline."""
         self._actions: dict[tuple[int, int], Action] = {}
@@ -55,10 +55,33 @@ class Run:
         return self.index / self.total
 
     @property
+    def sigma(self) -> float:
+        """The noise level of this step, 1 for pure noise; of schedulers that work with noise levels (flow matching).
+
+        Raises:
+            UnsupportedPipeline: if the scheduler has none.
+        """
+        sigmas = getattr(self.backbone.pipe.scheduler, "sigmas", None)
+        if sigmas is None:
+            raise UnsupportedPipeline(
+                f"{type(self.backbone.pipe.scheduler).__name__} has no noise levels; give a share of the steps instead"
+            )
+        return float(sigmas[len(sigmas) - 1 - self.total + self.index])  # the last one, 0, follows the last step
+
+    @property
+    def call(self) -> Call | None:
+        """The denoiser call under way."""
+        return self._call
+
+    @call.setter
+    def call(self, call: Call | None) -> None:
+        self._call, self._layout = call, self._layout if call is None else call.layout
+
+    @property
     def layout(self) -> Layout:
-        """The tokens of the call under way."""
-        assert self.call is not None, "there is no layout before the first denoiser call"
-        return self.call.layout
+        """The tokens of the latest call."""
+        assert self._layout is not None, "there is no layout before the first denoiser call"
+        return self._layout
 
     def encode(self, prompts: str | Sequence[str]) -> Embedding:
         """Embeds prompts as the pipeline does, outside the chain of methods."""

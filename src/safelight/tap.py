@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -97,29 +98,49 @@ class Taps:
             raise UnsupportedPipeline(f"the attention backend {backend!r} can't be guarded at '{site}'; use the native one")
 
         def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not self._wanted(site):
+                self._pass(tap)
+                return original(*args, **kwargs)
             with _Interception(lambda compute, q, k, v: self._attend(tap, site, entry, compute, q, k, v)):
                 return original(*args, **kwargs)
 
         wrap(self._stack, module, "forward", around)
+
+    def _wanted(self, site: Site) -> bool:
+        """Whether any method has something to do at an attention; if none has, nothing is intercepted, which costs nothing."""
+        return self._call is None or (self._call.conditional and any(method().attends for method in self._methods[site]))
 
     def _attend(
         self, tap: int, site: Site, entry: Attention, compute: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         call = self._pass(tap)
         if not call.conditional:
-            return compute(query, key, value)
-        whole = compute(query, key, value)  # one fused call, bit-identical if the method leaves it alone
+            return compute(query, key, value, None, None)
         heads = Heads(query[call.cond], key[call.cond], value[call.cond], self._spans(call, entry.queries), self._spans(call, entry.keys))
-        untouched = whole[call.cond]
+        whole: list[Tensor] = []
+
+        def everything() -> Tensor:  # one fused call for all rows, bit-identical if the method leaves it alone; made if somebody asks
+            if not whole:
+                whole.append(compute(query, key, value, None, None))
+                whole.append(whole[0][call.cond])
+            return whole[1]
 
         def base(changed: Heads) -> Tensor:
-            return untouched if changed is heads else compute(changed.query, changed.key, changed.value)
+            if changed is heads:
+                return everything()
+            rows = [call.cond.start + row for row in (range(len(heads.query)) if changed.rows is None else changed.rows)]
+            return compute(changed.query, changed.key, changed.value, changed.bias, rows)
 
         chain: Callable[[Heads], Tensor] = base
         for method in reversed(self._methods[site]):
             chain = functools.partial(_attend_through, method(), site, chain)
         attended = chain(heads)
-        return whole if attended is untouched else put(whole, call.cond, attended)
+        if whole and attended is whole[1]:
+            return whole[0]
+        if call.cond == slice(0, len(query)):
+            return attended
+        everything()
+        return put(whole[0], call.cond, attended)
 
     @staticmethod
     def _spans(call: Call, streams: tuple[Stream, ...]) -> dict[Stream, slice]:
@@ -142,11 +163,20 @@ class _Interception(TorchFunctionMode):
         query, key, value = (given.pop(name) for name in names[:3])
         mask = given.pop("attn_mask", None)
 
-        def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rows = mask if mask is None or mask.shape[0] in (1, len(q)) else mask[-len(q) :]  # conditional rows come last
-            return function(q, k, v, attn_mask=rows, **given)
+        def compute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: list[int] | None) -> Tensor:
+            chosen = mask if mask is None or rows is None or mask.shape[0] == 1 else mask[rows]
+            return function(q, k, v, attn_mask=_joined(chosen, bias, q), **given)
 
         return self._handle(compute, query, key, value)
+
+
+def _joined(mask: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """The pipeline's attention mask and a method's bias in one."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias.to(query.dtype)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return mask + bias.to(query.dtype)
 
 
 def _attend_through(method: Method, site: Site, following: Callable[[Heads], Tensor], heads: Heads) -> Tensor:

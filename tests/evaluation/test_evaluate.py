@@ -15,7 +15,8 @@ from safelight.errors import ArtefactError
 from safelight.evaluation import evaluate as module
 from safelight.evaluation.benchmarks.testbed import benchmarks, find
 from safelight.evaluation.evaluate import Sizes, evaluate
-from safelight.evaluation.generate import Generator, read_outcomes
+from safelight.evaluation.generate import read_outcomes
+from safelight.generator import Generator
 
 SIZES = Sizes(unsafe=6, benign=4, proximal=4)
 NAMES = {

@@ -28,7 +28,7 @@ def evaluate(
     from ..compose import build, call_settings, load_pipeline
     from ..evaluation.evaluate import Sizes
     from ..evaluation.evaluate import evaluate as run
-    from ..evaluation.generate import Generator
+    from ..generator import Generator
 
     if not guard:
         raise ValueError("nothing to evaluate; name a guard with --guard (see `safelight list`)")

@@ -18,33 +18,34 @@ BankFile = Annotated[Path | None, typer.Option("--bank", help="A bank of known p
 Out = Annotated[Path, typer.Option("--out", "-o", help="The picture's file.")]
 Seed = Annotated[int, typer.Option(help="The random seed.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+ShowMask = Annotated[bool, typer.Option("--show-mask", help="Also write the picture with the guarded region tinted, as NAME-mask.png.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 def generate(
     prompt: str, pipeline: Pipeline = "testbed/flux", guard: Guards = [], settings: Settings = [], bank: BankFile = None,
-    out: Out = Path("safelight.png"), seed: Seed = 0, steps: Steps = None, as_json: Json = False,
+    out: Out = Path("safelight.png"), seed: Seed = 0, steps: Steps = None, show_mask: ShowMask = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Makes a picture from a prompt, guarded."""
-    _run(pipeline, {"prompt": checked_prompt(prompt)}, guard, settings, bank, out, seed, steps, as_json)
+    _run(pipeline, {"prompt": checked_prompt(prompt)}, guard, settings, bank, out, seed, steps, show_mask, as_json)
 
 
 @app.command()
 def edit(
     image: Path, instruction: str, pipeline: Pipeline = "testbed/kontext", guard: Guards = [], settings: Settings = [],
-    bank: BankFile = None, out: Out = Path("safelight.png"), seed: Seed = 0, steps: Steps = None, as_json: Json = False,
+    bank: BankFile = None, out: Out = Path("safelight.png"), seed: Seed = 0, steps: Steps = None, show_mask: ShowMask = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Edits a picture by an instruction, guarded."""
     picture = read_image(image)
     if pipeline.startswith("testbed/"):
         picture = picture.resize((64, 64))
-    _run(pipeline, {"prompt": checked_prompt(instruction), "image": picture}, guard, settings, bank, out, seed, steps, as_json)
+    _run(pipeline, {"prompt": checked_prompt(instruction), "image": picture}, guard, settings, bank, out, seed, steps, show_mask, as_json)
 
 
 def _run(
     name: str, inputs: dict[str, Any], guards: list[str], settings: list[str], bank: Path | None, out: Path, seed: int,
-    steps: int | None, as_json: bool,
+    steps: int | None, show_mask: bool, as_json: bool,
 ) -> None:  # fmt: skip
     import torch
 
@@ -70,4 +71,19 @@ def _run(
     told = "no guard attached" if decisive is None else f"{decisive.method}: {decisive.action}"
     if decisive is not None and decisive.flagged:
         told += f" ({decisive.concept or 'unsafe'}, score {decisive.score:.2f} > {decisive.threshold:.2f})"
+    if show_mask:
+        result["mask_image"] = _show_mask(output.images[0], record, out)
+        told += f"; {result['mask_image']}" if result["mask_image"] else "; no region was guarded"
     emit(json.loads(json.dumps(result, default=str)), as_json, f"{out}  [{told}]")
+
+
+def _show_mask(image: Any, record: Any, out: Path) -> str | None:
+    """Writes the overlay of the first mask, if there is any."""
+    from ..overlay import overlay
+
+    mask = next((action.mask for action in record.actions if action.mask is not None), None)
+    if mask is None:
+        return None
+    file = out.with_name(f"{out.stem}-mask.png")
+    overlay(image, mask).save(file)
+    return str(file)

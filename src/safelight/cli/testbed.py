@@ -68,7 +68,7 @@ def sheet(
     else:
         from ..compose import call_settings, load_pipeline
         from ..evaluation.case import Case
-        from ..evaluation.generate import Generator
+        from ..generator import Generator
 
         quiet()
         generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
@@ -89,7 +89,7 @@ def check(
     """Measures whether a bundled model does what it is asked, by both judges."""
     from ..compose import call_settings, load_pipeline
     from ..evaluation import fidelity
-    from ..evaluation.generate import Generator
+    from ..generator import Generator
 
     quiet()
     figures: dict[str, Any]

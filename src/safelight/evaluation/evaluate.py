@@ -16,11 +16,12 @@ import numpy as np
 
 from ..detector import Detector, Forced
 from ..errors import ArtefactError
+from ..generator import Generator
 from ..method import Method
 from ..testbed.judges import Classifier, Judge, Sight, judges
 from .benchmarks.testbed import TestbedBenchmark, find
 from .case import Case, Estimate, Outcome
-from .generate import Arms, Generator, generate, read_picture
+from .generate import Arms, generate, read_picture
 from .metrics import safety
 
 Progress = Callable[[str, int, int], None]

@@ -9,6 +9,7 @@ from typing import Any
 from ..backbone import Backbone
 from ..compose import load_pipeline, testbed_bank
 from ..detectors.neighbours import Neighbours
+from ..generator import Generator
 from ..run import Run
 from ..testbed.captions import OPERATIONS, Edit, caption, edit_split, sample_caption, sample_edit
 from ..testbed.judges import Judge, Sight, judges
@@ -16,7 +17,6 @@ from ..testbed.scenes import Scene, render, sample_scene
 from ..testbed.world import OBJECTS, UNSAFE
 from .case import Case, Estimate
 from .evaluate import look
-from .generate import Generator
 from .metrics.estimates import rate
 
 Progress = Callable[[str, int, int], None]

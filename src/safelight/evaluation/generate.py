@@ -8,40 +8,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from ..attach import guard
 from ..errors import ArtefactError
+from ..generator import Generator
 from ..method import Method
 from .case import Case, Outcome, path_of
 
 Arms = Mapping[str, Sequence[Method]]
-
-
-@dataclass(frozen=True)
-class Generator:
-    """A pipeline with the call arguments of a protocol."""
-
-    pipe: Any
-    settings: Mapping[str, Any]
-
-    def __call__(self, cases: Sequence[Case]) -> NDArray[np.float32]:
-        """Images [batch, height, width, 3] in 0..1, one seed per case: a row doesn't depend on its batch."""
-        arguments: dict[str, Any] = dict(self.settings)
-        if isinstance(arguments.get("negative_prompt"), str):
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(cases)
-        if cases[0].image is not None:
-            arguments["image"] = [Image.fromarray(case.image) for case in cases if case.image is not None]
-        generators = [torch.Generator().manual_seed(case.seed) for case in cases]
-        output = self.pipe(prompt=[case.prompt for case in cases], generator=generators, output_type="np", **arguments)
-        return np.asarray(output.images)
 
 
 def generate(

@@ -78,6 +78,11 @@ class Gate(Method):
         own = self._own()
         return put(attend(heads), own, self.inner.attend(site, heads, attend)[own]) if own else attend(heads)
 
+    @property
+    def attends(self) -> bool:
+        """Whether the method's attention is wanted for a flagged sample."""
+        return bool(self.flagged) and self.inner.attends
+
     def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
         """The method's step, for flagged samples only."""
         if not self.flagged:

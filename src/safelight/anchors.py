@@ -1,0 +1,215 @@
+"""Anchors: what an unsafe concept looks like inside a denoiser, as directions that image tokens are compared with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, normalize
+
+from .backbone import Backbone
+from .calibration import Calibration
+from .errors import ArtefactError
+from .site import Layout, Site
+
+FORMAT = "safelight-anchors/1"
+REMEDY = "collect new ones with `safelight train uvr`"
+Kind = Literal["raw", "cosine", "whitened"]
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """One direction per moment and concept (or several: clusters), in the space of a probe's attention outputs.
+
+    The likeness of a token to K anchors is linear in them, so that they collapse exactly into their mean (UVR, Sec. "Anchors").
+    """
+
+    weights: Tensor
+    """[moments, concepts, clusters, width], where width is that of all heads together."""
+    bias: Tensor
+    """[moments, concepts, clusters]; zero unless whitened."""
+    moments: tuple[float, ...]
+    """The share of the steps that lay behind when each moment's anchors were collected."""
+    concepts: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    """τ of each concept: a token above it sets the guard off."""
+    levels: tuple[float, ...]
+    """For each concept, the score above which a token belongs to the mask once the guard was set off; at most τ."""
+    site: str
+    """The probe: an attention's output, e.g. `single.10.attention:image`."""
+    heads: int
+    kind: Kind = "whitened"
+    smooth: bool = True
+    """Whether scores are averaged over 3 x 3 tokens."""
+    model: Mapping[str, Any] | None = None
+    """The fingerprint of the denoiser that they were collected from (see `fingerprint`)."""
+    calibration: Calibration | None = None
+
+    def scores(self, tokens: Tensor, progress: float, grid: tuple[int, int]) -> Tensor:
+        """How much each token looks like each concept.
+
+        Args:
+            tokens: attention outputs [batch, tokens, width].
+            progress: the share of the steps that lie behind; the nearest moment's anchors are used.
+            grid: rows and columns of the image tokens.
+
+        Returns:
+            [batch, concepts, height, width]
+        """
+        moment = min(range(len(self.moments)), key=lambda i: abs(self.moments[i] - progress))
+        weights = self.weights[moment].to(tokens)
+        if self.kind == "cosine":
+            tokens, weights = normalize(tokens, dim=-1), normalize(weights, dim=-1)
+        likeness = (tokens @ weights.flatten(0, 1).T).transpose(1, 2).float()  # [batch, concepts * clusters, tokens]
+        if self.kind == "raw":
+            likeness = likeness / self.raw_scale  # mean over heads, by the square root of a head's width
+        likeness = likeness.unflatten(1, weights.shape[:2]) + self.bias[moment].to(likeness)[..., None]
+        maps = likeness.amax(dim=2).unflatten(-1, grid)
+        return avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False) if self.smooth and min(grid) > 1 else maps
+
+    @property
+    def width(self) -> int:
+        """The width of all heads together."""
+        return self.weights.shape[-1]
+
+    @property
+    def raw_scale(self) -> float:
+        """What divides a raw score: H · √D."""
+        return self.heads * math.sqrt(self.width / self.heads)
+
+    def at(self, device: torch.device) -> Anchors:
+        """The same on another device."""
+        return self if self.weights.device == device else replace(self, weights=self.weights.to(device), bias=self.bias.to(device))
+
+    def only(self, concepts: Sequence[str]) -> Anchors:
+        """Some of the concepts.
+
+        Raises:
+            ValueError: for one that there isn't.
+        """
+        for concept in concepts:
+            if concept not in self.concepts:
+                raise ValueError(f"these anchors have no concept {concept!r}; they have {', '.join(self.concepts)}")
+        chosen = [self.concepts.index(concept) for concept in concepts]
+        return replace(
+            self, weights=self.weights[:, chosen], bias=self.bias[:, chosen], concepts=tuple(concepts),
+            thresholds=tuple(self.thresholds[i] for i in chosen), levels=tuple(self.levels[i] for i in chosen),
+        )  # fmt: skip
+
+    def check(self, backbone: Backbone, *, transfer: bool = False) -> None:
+        """Makes sure that anchors fit a denoiser.
+
+        Args:
+            backbone: the denoiser's.
+            transfer: whether another checkpoint of the same architecture will do.
+
+        Raises:
+            ArtefactError: if they don't.
+        """
+        own = fingerprint(backbone, self.site)
+        for fact, wanted in (self.model or {}).items():
+            if fact == "weights":
+                same = transfer or own[fact] is None or wanted is None or math.isclose(own[fact], wanted, rel_tol=1e-2)
+                if not same:
+                    raise ArtefactError(
+                        f"these anchors were collected from another checkpoint (weights {wanted:.4g}, this one's {own[fact]:.4g}); "
+                        f"{REMEDY}, or set transfer=True if it is a relative of that model"
+                    )
+            elif own.get(fact) != wanted:
+                raise ArtefactError(
+                    f"these anchors were collected from a model whose {fact} is {wanted}; this one's is {own.get(fact)}; {REMEDY}"
+                )
+
+    def check_tokens(self, tokens: Tensor, layout: Layout) -> None:
+        """Makes sure that a probe's output has the anchors' width.
+
+        Raises:
+            ArtefactError: if not.
+        """
+        if tokens.shape[-1] != self.width:
+            raise ArtefactError(f"these anchors have width {self.width}, the probe '{self.site}' gives {tokens.shape[-1]}; {REMEDY}")
+        assert tokens.shape[1] == layout.image
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, atomically."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("weights", "bias")}
+        partial = Path(path).with_name(f"{Path(path).name}.partial")
+        tensors = {"weights": self.weights.float().cpu().contiguous(), "bias": self.bias.float().cpu().contiguous()}
+        try:
+            save_file(tensors, partial, {"format": FORMAT, "facts": json.dumps(facts)})
+        except SafetensorError as error:
+            raise OSError(f"{path} can't be written: {error}") from error
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Anchors:
+        """Reads anchors.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged, or holds no anchors.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(f"{path} can't be read as anchors ({error}); {REMEDY}") from error
+        if metadata.get("format") != FORMAT:
+            raise ArtefactError(
+                f"{path} holds no anchors of this version ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}"
+            )
+        try:
+            facts: dict[str, Any] = json.loads(metadata["facts"])
+            if facts["calibration"] is not None:
+                facts["calibration"] = Calibration(**facts["calibration"])
+            facts |= {name: tuple(facts[name]) for name in ("moments", "concepts", "thresholds", "levels")}
+            anchors = cls(**tensors, **facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtefactError(f"{path} lacks a part of anchors, or has one too many ({error}); {REMEDY}") from error
+        if flaw := anchors._flaw():
+            raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        return anchors
+
+    def _flaw(self) -> str | None:
+        """What is wrong, if anything."""
+        counts = (len(self.moments), len(self.concepts))
+        if self.weights.ndim != 4 or tuple(self.weights.shape[:2]) != counts or self.bias.shape != self.weights.shape[:3]:
+            return "has no direction for each moment and concept"
+        if not bool(torch.isfinite(self.weights).all()) or not bool(torch.isfinite(self.bias).all()):
+            return "contains NaN or infinite anchors"
+        if len(self.thresholds) != counts[1] or len(self.levels) != counts[1] or 0 in counts:
+            return "has no threshold for each concept"
+        if self.kind not in get_args(Kind) or self.width % self.heads:
+            return f"is of an unknown kind {self.kind!r}, or its width {self.width} isn't made of {self.heads} heads"
+        return None
+
+
+def fingerprint(backbone: Backbone, site: str) -> dict[str, Any]:
+    """What identifies a denoiser, as far as anchors care: its class, its blocks, and the size of the probe's weights."""
+    module, _ = backbone.locate(Site.parse(site))
+    block = backbone.module.get_submodule(backbone.paths(Site.parse(site).block)[Site.parse(site).index or 0])
+    weights = next((weight for name, weight in block.named_parameters() if name.endswith(("to_v.weight", "to_qkv.weight"))), None)
+    readable = weights is not None and not weights.is_meta and weights.is_floating_point()
+    return {
+        "denoiser": type(backbone.module).__name__,
+        "blocks": {kind: len(backbone.paths(kind)) for kind in backbone.blocks},
+        "heads": heads_of(module, block),
+        "weights": float(weights.detach().float().square().mean().sqrt()) if readable and weights is not None else None,
+    }
+
+
+def heads_of(module: Any, block: Any) -> int | None:
+    """How many heads the attention at a probe has."""
+    for part in (module, *block.modules()):
+        heads = getattr(part, "heads", None)
+        if isinstance(heads, int):
+            return heads
+    return None

@@ -1,0 +1,79 @@
+"""`train`: what methods learn from a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .app import app
+from .console import emit, progress, quiet
+from .generating import Json
+
+train = typer.Typer(no_args_is_help=True, help="Collect and train what a method needs, from a pipeline of your own.")
+app.add_typer(train, name="train")
+
+PROBES = {"testbed/flux": "single.0.attention:image", "testbed/kontext": "single.0.attention:image"}
+PUBLISHED_PROBE = "single.10.attention:image"
+
+
+@train.command()
+def uvr(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder; the same command resumes.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="testbed/flux, testbed/kontext, a local folder, or a Hub id.")] = "testbed/flux",
+    examples: Annotated[Path | None, typer.Option(help="CSV: prompt, concept (empty: benign), and optionally word, seed, image, mask.")] = None,
+    domains: Annotated[str, typer.Option(help="Without examples: the testbed's domains, with commas.")] = "weapons,substances",
+    masks: Annotated[Literal["judge", "drawn", "attention"], typer.Option(help="Who says where a concept is.")] = "judge",
+    site: Annotated[str | None, typer.Option(help="The probe (see `safelight analyse`).")] = None,
+    kind: Annotated[Literal["whitened", "raw", "cosine"], typer.Option(help="How tokens are compared with anchors.")] = "whitened",
+    clusters: Annotated[int, typer.Option(min=1, help="Directions per concept.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Collect in so many first steps.")] = 6,
+    unsafe: Annotated[int, typer.Option(min=1, help="Without examples: images per concept.")] = 40,
+    benign: Annotated[int, typer.Option(min=1, help="Without examples: benign images to collect from.")] = 200,
+    target_fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="The share of benign images that may be flagged.")] = 0.01,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Collects anchors for UVR, calibrates them, and writes a bundle."""
+    quiet()
+    from ..backbone import Backbone
+    from ..bundle import save
+    from ..calibration import items_needed
+    from ..compose import call_settings, load_pipeline
+    from ..generator import Generator
+    from ..methods.uvr import UVR
+    from ..training.examples import from_testbed, halves, read_examples
+    from ..training.uvr import Config, calibrate, collect, fit
+
+    generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
+    config = Config(site or PROBES.get(pipeline, PUBLISHED_PROBE), kind, steps, clusters, target_fpr=target_fpr)
+    if examples is not None:
+        collected, held_out = halves(read_examples(examples))
+    else:
+        chosen, editing = domains.split(","), pipeline.endswith("kontext")
+        collected = from_testbed(chosen, unsafe=unsafe, benign=benign, editing=editing)
+        held_out = from_testbed(chosen, unsafe=8, benign=items_needed(target_fpr), editing=editing, seed=1)
+    locator = _locator(masks, generator.pipe, config)
+    with progress(as_json) as advance:
+        shards = collect(generator, collected, [config.site], config, locator, out / "recordings", advance)
+        anchors = fit(shards, collected, config.site, config, Backbone.of(generator.pipe))
+        anchors, quality = calibrate(generator, anchors, held_out, config, locator, advance)
+    save(out, UVR(anchors=anchors), made_for=pipeline)
+    anchors.save(out / "anchors.safetensors")
+    result = {"bundle": str(out), "concepts": anchors.concepts, "threshold": anchors.thresholds[0], "quality": asdict(quality)}
+    result |= {"calibration": asdict(anchors.calibration) if anchors.calibration else None, "config": asdict(config)}
+    emit(
+        result, as_json,
+        f"{out}: {len(anchors.concepts)} concepts; {anchors.calibration}; {quality.recall:.1%} of {quality.unsafe} unsafe images found, "
+        f"IoU {quality.iou:.2f}",
+    )  # fmt: skip
+
+
+def _locator(masks: str, pipe: Any, config: Any) -> Any:
+    from ..testbed.judges import TemplateMatcher
+    from ..training.locate import Boxes, Drawn, SelfLocalisation, TextMass
+
+    if masks == "attention":
+        return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(config.steps)))
+    return Drawn() if masks == "drawn" else Boxes(TemplateMatcher())

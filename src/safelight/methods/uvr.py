@@ -1,0 +1,300 @@
+"""UVR: unsafe image tokens are located inside the denoiser, and cut off from what makes them unsafe."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor
+
+from ..anchors import Anchors
+from ..backbone import Backbone
+from ..errors import UnsupportedPipeline
+from ..flow import Call, Heads, Step, put
+from ..masks import clean, dilate
+from ..method import Method
+from ..regulation import Group, regulate
+from ..site import Site
+
+Share = Annotated[float, Interval(ge=0, le=1)]
+Factor = Annotated[float, Interval(ge=0, le=10)]
+ATTENTIONS = ("joint.attention", "single.attention")
+
+
+@dataclass(kw_only=True, eq=False)
+class UVR(Method):
+    """Locates unsafe semantics in the joint attention of an MM-DiT, and regulates it there, in generation and editing alike.
+
+    UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
+    probe looks like an unsafe concept's anchors, s(n) = out(n)·ō > τ, form a mask (its *core*, and a *ring* around it). There,
+    O(i) = (1 - a) Σ_j λ(i,j) A(i,j) V(j) + a ε: λ scales what text and reference tokens pass on, ε is noise. An empty mask changes nothing.
+    """
+
+    anchors: Anchors = field(metadata={"artefact": "anchors"})
+    """What the unsafe concepts look like, with thresholds τ; from `safelight train uvr`."""
+    threshold: float | None = None
+    """τ for all concepts; by default the anchors' own. Lower: more is found, and more that is harmless."""
+    until: Share = 1.0
+    """The share of the steps in which to regulate; UVR's start-up window is 0.39 of FLUX's schedule."""
+    sigma: Share | None = None
+    """Regulate while the noise level is at least this, instead of `until`; published: 0.85."""
+    localise: Share = 0.25
+    """The share of the steps in which to look for unsafe tokens."""
+    memory: Literal["union", "first", "latest"] = "union"
+    """What becomes of earlier masks: joined with the new one, kept, or replaced by it."""
+    text: Factor = 0.0
+    """λ of text keys for masked image queries: 0 cuts the mask off from the prompt, 1 leaves it alone."""
+    reference: Factor = 0.0
+    """λ of the reference image's masked keys, for text and image queries (editing); published: 0.2."""
+    reference_ring: Factor = 0.0
+    """The same in the ring; published: 0.4."""
+    boost: Factor = 1.0
+    """λ of text and image keys for image queries while regulating an edit; published: 1.05."""
+    renormalise: bool = True
+    """Whether each query's attention sums to one again; published: no."""
+    noise: Share = 0.0
+    """a: how much of masked tokens' attention outputs becomes noise (generation); published: 0.999."""
+    noise_like: Literal["outputs", "unit"] = "outputs"
+    """The noise's spread: that of the unmasked outputs of each head, or 1 (published)."""
+    guidance: float | None = 1.0
+    """The guidance scale at masked tokens, where the pipeline has an unconditional prediction: 1 follows the prompt, 0 ignores it, less
+    leads away from it. None: the pipeline's own (published)."""
+    ring: Annotated[int, Ge(0)] = 0
+    """How many tokens wide the ring around the core is; it is regulated like the core, but see `reference_ring`."""
+    cover: Share = 1.0
+    """Components are masked, the most unsafe first, until this share of the image is covered; published: 0.3."""
+    components: Annotated[int, Ge(1)] | None = None
+    """At most so many components are masked; published: 3 for editing."""
+    least: Share = 0.0
+    """Components smaller than this share of the image are dropped."""
+    transfer: bool = False
+    """Whether anchors of another checkpoint of the same architecture will do."""
+
+    @classmethod
+    def published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
+        """The method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85."""
+        common = cls(
+            anchors=anchors, sigma=0.85, localise=1.0, memory="latest", text=1.0, renormalise=False, guidance=None, reference=0.2,
+            reference_ring=0.4, boost=1.05, noise=0.999, noise_like="unit", ring=1 if editing else 0,
+        )  # fmt: skip
+        return replace(common, localise=0.0, memory="first", components=3) if editing else replace(common, cover=0.3)
+
+    def sites(self, backbone: Backbone) -> Iterable[Site | str]:
+        """The probe, and every attention that is to be regulated.
+
+        Raises:
+            UnsupportedPipeline: if the denoiser has no joint attention.
+        """
+        kinds = [kind for kind in ATTENTIONS if kind in backbone.attentions]
+        if not kinds:
+            raise UnsupportedPipeline(
+                f"uvr regulates the joint attention of text and image tokens, and {type(backbone.module).__name__} has none; "
+                "use dual_latent for this pipeline"
+            )
+        self.anchors.check(backbone, transfer=self.transfer)
+        yield self.anchors.site
+        if self.noise:
+            own = self.anchors.site
+            yield from (site for site in backbone.sites(*(f"{kind}:image" for kind in kinds)) if str(site) != own)
+        yield from backbone.sites(*kinds)
+
+    def begin(self) -> None:
+        """Forgets nothing, as it knows nothing yet: masks are found on the way."""
+        self.core: dict[int, Tensor] = {}  # image -> [height, width]
+        self.fired: dict[int, set[int]] = {}  # image -> concepts
+        self.chances: dict[int, torch.Generator] = {}
+        self.predictions: list[tuple[Tensor | None, Tensor | None]] = []
+        self.chosen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def acting(self) -> bool:
+        """Whether this step is in the window."""
+        if self.sigma is not None:
+            return self.run.sigma >= self.sigma
+        return self.run.index < round(self.until * self.run.total)
+
+    @property
+    def attends(self) -> bool:
+        """Whether there is a mask to regulate; until then attention is left alone."""
+        return bool(self.core) and self.acting
+
+    def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
+        """Remembers the predictions with and without the prompt, which guidance at masked tokens needs."""
+        if self.run.index == 0 and call.conditional:
+            self._latents = call.latents[call.cond]
+        noise = denoise(call)
+        if self.guidance is not None and self.acting and len(call.samples or noise) in (self.run.images, len(noise)):
+            rest = noise[: call.cond.start] if call.conditional else noise
+            self.predictions.append((noise[call.cond] if call.conditional else None, rest if len(rest) else None))
+        return noise
+
+    def edit(self, site: Site, tokens: Tensor) -> Tensor:
+        """Looks for unsafe tokens at the probe, and replaces masked outputs by noise."""
+        if not self.acting:
+            return tokens
+        if str(site) == self.anchors.site and self.run.index < max(1, round(self.localise * self.run.total)):
+            self._localise(tokens)
+        rows = self._rows()
+        if not rows or not self.noise or self.run.layout.reference:
+            return tokens
+        return self._noised(tokens, rows)
+
+    def attend(self, site: Site, heads: Heads, attend: Callable[[Heads], Tensor]) -> Tensor:
+        """Attention under λ, for the samples with a mask."""
+        rows = self._rows()
+        if not rows:
+            return attend(heads)
+        own = heads.take(rows)
+        images = [self._call.samples[row] for row in rows]
+        groups = list(self._groups(own, images))
+        if not groups:
+            return attend(heads)
+        everyone = len(rows) == len(heads.query)
+        changed = regulate(
+            own, groups, attend, lambda: attend(heads) if everyone else attend(heads)[list(rows)], renormalise=self.renormalise
+        )
+        return changed if everyone else put(attend(heads), rows, changed)
+
+    def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
+        """Guides masked tokens by their own scale."""
+        predictions, self.predictions = self.predictions, []
+        images = sorted(self.core)
+        cond = next((cond for cond, _ in predictions if cond is not None), None)
+        uncond = next((rest for _, rest in predictions if rest is not None), None)
+        if not images or self.guidance is None or cond is None or uncond is None:
+            return advance(step)
+        wanted = torch.lerp(uncond[images].float(), cond[images].float(), self.guidance).to(step.noise)
+        masks = _over_latents(self._masks(images, self.ring), step.noise)
+        return advance(replace(step, noise=put(step.noise, images, torch.where(masks, wanted, step.noise[images]))))
+
+    @property
+    def _call(self) -> Call:
+        assert self.run.call is not None
+        return self.run.call
+
+    def _rows(self) -> list[int]:
+        """The conditional rows of this call whose image has a mask."""
+        return [row for row, image in enumerate(self._call.samples) if image in self.core] if self.acting else []
+
+    def _localise(self, tokens: Tensor) -> None:
+        """Finds unsafe tokens, [batch, tokens, width], and joins them to what was found before."""
+        call, grid = self._call, self.run.layout.grid
+        self.anchors.check_tokens(tokens, call.layout)
+        self.anchors = self.anchors.at(tokens.device)
+        maps = self.anchors.scores(tokens, self.run.progress, grid)
+        peaks = maps.amax(dim=(2, 3)).tolist()  # the step's one wait for the device
+        limits = self.anchors.thresholds if self.threshold is None else (self.threshold,) * len(self.anchors.concepts)
+        for row, image in enumerate(call.samples):
+            over = {c for c, (peak, limit) in enumerate(zip(peaks[row], limits, strict=True)) if peak > limit}
+            fired = self.fired.get(image, set()) | over
+            self._note(image, peaks[row], limits, fired)
+            if not fired:
+                continue
+            self.fired[image] = fired
+            self._join(image, self._mask(maps[row], sorted(fired), limits))
+
+    def _mask(self, maps: Tensor, concepts: list[int], limits: tuple[float, ...]) -> Tensor:
+        """The core of some concepts' maps [concepts, height, width]: [height, width]."""
+        levels = torch.tensor([min(self.anchors.levels[c], limits[c]) for c in concepts], device=maps.device)
+        excess = maps[concepts] - levels[:, None, None]
+        best = excess.amax(dim=0, keepdim=True)
+        weight = best.flatten(1).softmax(-1).view_as(best)
+        return clean(best > 0, weight, least=self.least, cover=self.cover, count=self.components)[0]
+
+    def _join(self, image: int, mask: Tensor) -> None:
+        if image in self.core and self.memory == "first":
+            return
+        joined = self.core[image] | mask if image in self.core and self.memory == "union" else mask
+        if not bool(joined.any()):
+            self.core.pop(image, None)
+            return
+        self.core[image] = joined
+        self.chosen.clear()
+        found = joined.tolist()
+        self.note(image, action="regulated", mask=[[int(token) for token in line] for line in found])
+        self.run.record("localised", image=image, tokens=sum(map(sum, found)))
+
+    def _note(self, image: int, peaks: list[float], limits: tuple[float, ...], fired: set[int]) -> None:
+        if image in self.fired:
+            return
+        top = max(fired or range(len(peaks)), key=lambda c: peaks[c] - limits[c])
+        self.note(
+            image, flagged=bool(fired), concept=self.anchors.concepts[top] if fired else None, score=peaks[top], threshold=limits[top]
+        )
+        if fired:
+            end = self.run.total if self.sigma is not None else round(self.until * self.run.total)
+            self.note(image, steps=(self.run.index, end), strength=1 - self.text)
+
+    def _masks(self, images: list[int], ring: int) -> Tensor:
+        """Masks with their ring, [images, height, width]."""
+        return dilate(torch.stack([self.core[image] for image in images]), ring)
+
+    def _groups(self, heads: Heads, images: list[int]) -> Iterable[Group]:
+        """λ for each class of queries."""
+        ones = torch.ones(len(images), heads.key.shape[2], device=heads.key.device)
+        text, image, reference = (heads.keys.get(stream, slice(0, 0)) for stream in ("text", "image", "reference"))
+        editing = self.run.layout.reference > 0
+        if editing:
+            core, whole = (self._masks(images, ring).flatten(1) for ring in (0, self.ring))
+            faded = ones.clone()
+            if core.shape[1] == self.run.layout.reference:  # the reference has the image's own grid
+                factors = (
+                    torch.ones(core.shape, device=ones.device).masked_fill(whole, self.reference_ring).masked_fill(core, self.reference)
+                )
+                faded[:, reference] = factors
+            lifted = faded.clone()
+            lifted[:, text] *= self.boost
+            lifted[:, image] *= self.boost
+            yield Group(heads.queries["text"], faded)
+            yield Group(heads.queries["image"], lifted)
+            yield Group(heads.queries["reference"], ones)
+            ones = lifted
+        if self.text != 1:
+            cut = ones.clone()
+            cut[:, text] *= self.text
+            tokens, valid = self._chosen(images)
+            yield Group(tokens + (heads.queries["image"].start or 0), cut, valid)
+
+    def _chosen(self, images: list[int]) -> tuple[Tensor, Tensor]:
+        """The indices of masked tokens among image tokens, padded, and which of them are no padding: each [images, chosen]."""
+        key = tuple(images)
+        if key not in self.chosen:
+            masks = self._masks(images, self.ring).flatten(1)
+            most = int(masks.sum(1).max())
+            valid, tokens = masks.float().topk(most, dim=1)
+            self.chosen[key] = tokens, valid > 0
+        return self.chosen[key]
+
+    def _noised(self, tokens: Tensor, rows: list[int]) -> Tensor:
+        """(1 - a) out + a ε in masked tokens, [batch, tokens, width]."""
+        images = [self._call.samples[row] for row in rows]
+        own = tokens[rows].unflatten(-1, (self.anchors.heads, -1))  # [rows, tokens, heads, width]
+        masks = self._masks(images, self.ring).flatten(1)[:, :, None, None]
+        chance = torch.stack([self._chance(image, own.shape[1:], own.device) for image in images]).to(own)
+        if self.noise_like == "outputs":
+            rest = (~masks).float()
+            count = rest.sum(1, keepdim=True).clamp_min(1) * own.shape[-1]
+            mean = (own * rest).sum((1, 3), keepdim=True) / count
+            spread = (((own - mean) * rest).square().sum((1, 3), keepdim=True) / count).sqrt()
+            chance = mean + chance * spread
+        return put(tokens, rows, torch.where(masks, torch.lerp(own, chance.to(own), self.noise), own).flatten(2))
+
+    def _chance(self, image: int, shape: torch.Size, device: torch.device) -> Tensor:
+        """Noise of the image's own: it depends on the image's first latents, not on its place in the batch."""
+        if image not in self.chances:
+            first = self._latents[image % len(self._latents)]
+            seed = zlib.crc32(first.detach().float().cpu().numpy().tobytes())
+            self.chances[image] = torch.Generator(device).manual_seed(seed)
+        return torch.randn(shape, generator=self.chances[image], device=device)
+
+
+def _over_latents(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks over image tokens [batch, height, width] as masks that broadcast with latents, packed or not."""
+    if latents.ndim == 3:
+        return masks.flatten(1)[..., None]
+    rows, columns = latents.shape[-2] // masks.shape[-2], latents.shape[-1] // masks.shape[-1]
+    return masks.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]

@@ -1,0 +1,1 @@
+"""What methods learn from: `training/x.py` makes what `methods/x.py` needs."""

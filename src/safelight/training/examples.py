@@ -1,0 +1,127 @@
+"""What to collect from: prompts that show a concept, and benign ones."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..testbed.captions import apply_edit, caption
+from ..testbed.scenes import Scene, render, sample_jitter
+from ..testbed.world import BACKGROUNDS, DOMAINS, PROXIMAL, SAFE
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and where the concept that it shows will be."""
+
+    prompt: str
+    seed: int
+    concept: str | None = None
+    """None: benign."""
+    word: str = ""
+    """How the prompt calls the concept; self-localisation looks for that word."""
+    image: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    """What to edit, [height, width, 3]."""
+    mask: Path | None = None
+    """A picture that is light where the concept is in the generated image."""
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Examples from a CSV file with the columns prompt and concept (empty: benign), and optionally word, seed, image and mask.
+
+    Raises:
+        ValueError: naming the file, the row, and what is wrong with it.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read ({error}); give a CSV file with the columns prompt and concept") from None
+    missing = {"prompt", "concept"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} lacks the column {min(missing)!r} or is empty; it needs prompt and concept")
+    return [_example(path, number, row) for number, row in enumerate(rows, 2)]
+
+
+def _example(path: Path, number: int, row: dict[str, str | None]) -> Example:
+    prompt, seed = (row["prompt"] or "").strip(), (row.get("seed") or str(number)).strip()
+    if not prompt:
+        raise ValueError(f"{path}, row {number}: the prompt is empty")
+    if not seed.isdigit():
+        raise ValueError(f"{path}, row {number}: the seed {seed!r} is not a whole number")
+    files = {}
+    for name in ("image", "mask"):
+        if given := (row.get(name) or "").strip():
+            files[name] = path.parent / given
+            if not files[name].is_file():
+                raise ValueError(f"{path}, row {number}: there is no {name} {files[name]}")
+    concept = (row["concept"] or "").strip() or None
+    return Example(
+        prompt, int(seed), concept, (row.get("word") or concept or "").strip(),
+        np.asarray(Image.open(files["image"]).convert("RGB")) if "image" in files else None, files.get("mask"),
+    )  # fmt: skip
+
+
+def from_testbed(domains: Sequence[str], *, unsafe: int, benign: int, editing: bool = False, seed: int = 0) -> list[Example]:
+    """Examples of the testbed's training split, in plain names: so many of each unsafe object, and so many benign ones."""
+    random = Random(f"examples/{','.join(domains)}/{editing}/{seed}")
+    objects = [name for domain in domains for name in DOMAINS[domain]]
+    near = [name for domain in domains for name in PROXIMAL[domain]]
+    draw = _draw_edit if editing else _draw_scene
+    examples = [made for name in objects for made in _take(unsafe, lambda name=name: draw(random, name))]  # type: ignore[misc]
+    examples += _take(benign, lambda: draw(random, None, random.choice(near) if random.random() < 0.3 else random.choice(SAFE)))
+    return [Example(e.prompt, 10_000 * (seed + 1) + i, e.concept, e.word, e.image) for i, e in enumerate(examples)]
+
+
+def _take(count: int, draw: Callable[[], Example | None]) -> list[Example]:
+    found: list[Example] = []
+    while len(found) < count:
+        example = draw()
+        if example is not None:
+            found.append(example)
+    return found
+
+
+def _draw_scene(random: Random, unsafe: str | None, safe: str = "") -> Example | None:
+    names = [unsafe or safe]
+    if random.random() < 0.7:
+        names.insert(random.randrange(2), random.choice([name for name in SAFE if name != safe]))
+    scene = Scene(tuple(names), random.choice(tuple(BACKGROUNDS)), None, sample_jitter(random))
+    return Example(caption(scene, random.randrange(4)), 0, unsafe, unsafe or "") if scene.split == "train" else None
+
+
+def _draw_edit(random: Random, unsafe: str | None, safe: str = "") -> Example | None:
+    """Half of the unsafe ones bring the object in, half keep the one that is there; benign ones do the same with a safe object."""
+    shown, others = unsafe or safe, random.sample([name for name in SAFE if name != safe], 2)
+    keeps, place = random.random() < 0.5, random.randrange(2)
+    operation: Any = random.choice(("replace", "background") if keeps else ("replace", "add"))
+    objects: list[str | None] = [shown if keeps else others[0], others[1]]
+    target = 1 if keeps else 0  # what is changed
+    if operation == "add":
+        objects[target] = None
+    if place:
+        objects, target = objects[::-1], 1 - target
+    source = Scene(tuple(objects), random.choice(tuple(BACKGROUNDS)), None, sample_jitter(random))
+    fresh = random.choice([name for name in SAFE if name not in objects])
+    edit = apply_edit(random, source, operation, target, new=fresh if keeps else shown)
+    if "train" not in (source.split, edit.target.split) or {source.split, edit.target.split} - {"train"}:
+        return None
+    return Example(edit.instruction, 0, unsafe, "" if keeps else (unsafe or ""), render(source))
+
+
+def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Examples to collect from, and others to calibrate with: every second one of each concept."""
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    counts: dict[str | None, int] = {}
+    for example in examples:
+        parts[counts.get(example.concept, 0) % 2].append(example)
+        counts[example.concept] = counts.get(example.concept, 0) + 1
+    return parts

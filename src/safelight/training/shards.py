@@ -1,0 +1,60 @@
+"""Recorded tensors on disk: one safetensors file per item, written atomically, so that a recording can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import ArtefactError
+
+
+class Shards:
+    """A folder of recordings of one kind."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Opens a folder, or makes one.
+
+        Raises:
+            ArtefactError: if it holds recordings of something else.
+        """
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest, wanted = folder / "manifest.json", json.dumps(identity, indent=2, sort_keys=True)
+        if manifest.is_file() and manifest.read_text() != wanted:
+            raise ArtefactError(f"{folder} holds recordings made with other settings (see {manifest}); choose another folder, or remove it")
+        manifest.write_text(wanted)
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Stores an item."""
+        partial = self.folder / f"{name}.partial"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        partial.replace(self._file(name))
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """An item.
+
+        Raises:
+            ArtefactError: if it is missing or damaged; the message names the file, and removing it is enough to have it made again.
+        """
+        try:
+            return load_file(self._file(name))
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(
+                f"{self._file(name)} can't be read ({error}); remove that file and run the same command again: the others are kept"
+            ) from error
+
+    def names(self) -> Iterator[str]:
+        """The names of all items, sorted."""
+        return (file.stem for file in sorted(self.folder.glob("*.safetensors")))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

@@ -1,0 +1,256 @@
+"""Anchors for UVR: collected from a model's own unsafe images, collapsed to directions, and calibrated on benign ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..anchors import Anchors, Kind, fingerprint
+from ..attach import guard
+from ..backbone import Backbone
+from ..calibration import Calibration
+from ..generator import Generator
+from ..masks import clean, iou
+from .capture import Capture, Watch
+from .examples import Example
+from .locate import Locator
+from .shards import Shards
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How anchors are made."""
+
+    site: str
+    """The probe, e.g. `single.10.attention:image`."""
+    kind: Kind = "whitened"
+    steps: int = 6
+    """Anchors are collected in each of so many first steps."""
+    clusters: int = 1
+    """Directions per concept; a token's score is that of the nearest."""
+    shrinkage: float = 0.02
+    """What is added to the covariance's diagonal, as a share of its mean."""
+    smooth: bool = True
+    """Whether scores are averaged over 3 x 3 tokens."""
+    target_fpr: float = 0.01
+    """The share of benign images that may set the guard off."""
+    margin: float = 0.5
+    """Where τ is put if unsafe images score well above the calibrated threshold: 0 at that, 1 at the 5 % weakest of them."""
+    rest: int = 64
+    """Unmasked tokens kept per image and step."""
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What calibration found."""
+
+    recall: float
+    """The share of unsafe images that set the guard off."""
+    iou: float
+    """Mean overlap of their masks with the judge's, over the recorded steps."""
+    unsafe: int
+    unseen: int
+    """Unsafe examples in which the judge did not see the concept."""
+
+
+def collect(
+    generator: Generator, examples: Sequence[Example], sites: Sequence[str], config: Config, locator: Locator, out: Path,
+    progress: Progress = lambda *_: None,
+) -> Shards:  # fmt: skip
+    """Generates the examples with the plain model, and keeps the attention outputs of concepts and of everything else.
+
+    One file per example, so that an interrupted collection goes on where it stopped.
+    """
+    shards = Shards(out, {"examples": digest(examples), "sites": list(sites), "steps": config.steps, "rest": config.rest})
+    todo = [i for i in range(len(examples)) if _name(i) not in shards]
+    capture = Capture(at=list(sites), steps=range(config.steps))
+    for start in range(0, len(todo), config.batch):
+        progress("collecting", len(examples) - len(todo) + start, len(examples))
+        chosen = todo[start : start + config.batch]
+        masks, total = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator)
+        for place, (i, mask) in enumerate(zip(chosen, masks, strict=True)):
+            parts = _split(capture, sites, place, mask, examples[i], config.rest)
+            shards.write(_name(i), parts | {"total": torch.tensor(total)})
+    progress("collecting", len(examples), len(examples))
+    return shards
+
+
+def generate_and_locate(
+    generator: Generator, examples: Sequence[Example], method: Any, locator: Locator
+) -> tuple[list[Tensor | None], int]:  # fmt: skip
+    """Pictures with a recording method attached: each concept's mask [height, width] or None, and the number of steps."""
+    with guard(generator.pipe, method, *locator.methods()) as handle:
+        images = generator(examples)
+        assert handle.run is not None
+        grid, total = handle.run.layout.grid, handle.run.total
+    pictures = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]
+    return locator(pictures, examples, grid), total
+
+
+def _split(capture: Capture, sites: Sequence[str], place: int, mask: Tensor | None, example: Example, rest: int) -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(example.seed)
+    parts: dict[str, Tensor] = {"seen": torch.tensor(mask is not None)}
+    for site in sites:
+        tokens = capture.of(site, place)  # [steps, tokens, width]
+        inside = mask.flatten() if mask is not None else torch.zeros(tokens.shape[1], dtype=torch.bool)
+        outside = (~inside).nonzero().flatten()
+        kept = outside[torch.randperm(len(outside), generator=chance)[:rest]]
+        parts |= {f"{site}|masked": tokens[:, inside], f"{site}|rest": tokens[:, kept]}
+    return parts
+
+
+def fit(shards: Shards, examples: Sequence[Example], site: str, config: Config, backbone: Backbone) -> Anchors:
+    """Collapses what was collected to directions: K anchors to their mean, whitened (or not) step by step.
+
+    Whitened: w_c = Σ⁻¹ (μ_c - μ) with Σ the covariance within concepts and within everything else; a token scores zero half-way
+    between its concept and everything else.
+
+    Raises:
+        ValueError: if a concept was seen in no image.
+    """
+    concepts = tuple(dict.fromkeys(e.concept for e in examples if e.concept))
+    directions = [_directions(shards, examples, site, concepts, step, config) for step in range(config.steps)]
+    total, model = int(shards.read(_name(0))["total"]), fingerprint(backbone, site)
+    return Anchors(
+        weights=torch.stack([weights for weights, _ in directions]), bias=torch.stack([bias for _, bias in directions]),
+        moments=tuple(step / total for step in range(config.steps)), concepts=concepts, thresholds=(0.0,) * len(concepts),
+        levels=(0.0,) * len(concepts), site=site, heads=int(model["heads"]), kind=config.kind, smooth=config.smooth, model=model,
+    )  # fmt: skip
+
+
+def _directions(
+    shards: Shards, examples: Sequence[Example], site: str, concepts: Sequence[str], step: int, config: Config
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights [concepts, clusters, width] and bias [concepts, clusters] of one step."""
+    masked: dict[str, list[Tensor]] = {concept: [] for concept in concepts}
+    rest = []
+    for i, example in enumerate(examples):
+        parts = shards.read(_name(i))
+        if example.concept and bool(parts["seen"]):
+            masked[example.concept].append(parts[f"{site}|masked"][step].float())
+        if not example.concept or bool(parts["seen"]):
+            rest.append(parts[f"{site}|rest"][step].float())
+    if missing := [concept for concept in concepts if not masked[concept]]:
+        raise ValueError(f"the concept {missing[0]!r} was seen in none of the generated images; give other prompts, or masks of your own")
+    inside = [torch.cat(masked[concept]) for concept in concepts]
+    centres = torch.stack([_centres(tokens, config.clusters) for tokens in inside])  # [concepts, clusters, width]
+    if config.kind != "whitened":
+        return centres, torch.zeros(centres.shape[:2])
+    others = torch.cat(rest)
+    middle = others.mean(0)
+    spread = torch.cat([others - middle, *(tokens - tokens.mean(0) for tokens in inside)])
+    covariance = spread.T @ spread / len(spread)
+    covariance += config.shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance))
+    weights = torch.linalg.solve(covariance, (centres - middle).flatten(0, 1).T).T.view_as(centres)
+    return weights, -(weights * (centres + middle) / 2).sum(-1)
+
+
+def _centres(tokens: Tensor, clusters: int) -> Tensor:
+    """The mean of K anchors, or of each cluster of them, [clusters, width]."""
+    if clusters == 1:
+        return tokens.mean(0, keepdim=True)
+    from scipy.cluster.vq import kmeans2
+
+    centres, _ = kmeans2(tokens.double().numpy(), clusters, minit="++", seed=0)
+    return torch.from_numpy(centres).float()
+
+
+def calibrate(
+    generator: Generator, anchors: Anchors, examples: Sequence[Example], config: Config, locator: Locator, progress: Progress = lambda *_: None
+) -> tuple[Anchors, Quality]:  # fmt: skip
+    """Sets τ by benign examples, and the masks' level by unsafe ones; neither may have been collected from.
+
+    Raises:
+        ValueError: if unsafe images hardly ever reach τ, or there are too few benign examples for the target.
+    """
+    watch = Watch(anchors={anchors.site: anchors}, steps=range(config.steps))
+    maps, masks = [], []
+    for start in range(0, len(examples), config.batch):
+        progress("calibrating", start, len(examples))
+        chosen = examples[start : start + config.batch]
+        masks += generate_and_locate(generator, chosen, watch, locator)[0]
+        maps.append(watch.of(anchors.site))
+    progress("calibrating", len(examples), len(examples))
+    scores = torch.cat(maps)  # [images, steps, concepts, height, width]
+    benign = [i for i, example in enumerate(examples) if not example.concept]
+    seen = [
+        (i, anchors.concepts.index(e.concept), mask)
+        for i, (e, mask) in enumerate(zip(examples, masks, strict=True))
+        if e.concept and mask is not None
+    ]
+    peaks = scores[benign].amax(dim=(1, 2, 3, 4))
+    calibration = Calibration.fit(peaks.tolist(), config.target_fpr, items=[examples[i].prompt for i in benign])
+    own = torch.stack([scores[i, :, concept] for i, concept, _ in seen])  # [unsafe, steps, height, width]
+    tops = own.amax(dim=(1, 2, 3))
+    threshold = calibration.threshold + config.margin * max(0.0, float(tops.quantile(0.05)) - calibration.threshold)
+    recall = float((tops > threshold).float().mean())
+    if recall < 0.5:
+        raise ValueError(
+            f"τ = {threshold:.3g}, which {config.target_fpr:.0%} of benign images may exceed, is reached by only {recall:.0%} of unsafe images; "
+            "try another probe (`safelight analyse`), whitened anchors, or more examples"
+        )
+    level, overlap = _best_level(own, torch.stack([mask for _, _, mask in seen]), threshold)
+    count = len(anchors.concepts)
+    calibrated = replace(
+        anchors, thresholds=(threshold,) * count, levels=(level,) * count, calibration=replace(calibration, threshold=threshold)
+    )  # fmt: skip
+    return calibrated, Quality(recall, overlap, len(seen), sum(bool(e.concept) for e in examples) - len(seen))
+
+
+def _best_level(own: Tensor, masks: Tensor, threshold: float) -> tuple[float, float]:
+    """The level, at most τ, at which masks overlap best with the judge's: scores [unsafe, steps, height, width]."""
+    flat, wanted = own.flatten(0, 1), masks.repeat_interleave(own.shape[1], dim=0)
+    candidates = torch.cat([flat[wanted].quantile(torch.linspace(0.02, 0.6, 24)).clamp(max=threshold), torch.tensor([threshold])]).unique()
+    overlaps = [float(iou(clean(flat > level, flat.sigmoid()), wanted).mean()) for level in candidates]
+    best = max(range(len(overlaps)), key=overlaps.__getitem__)
+    return float(candidates[best]), overlaps[best]
+
+
+def probe_threshold(
+    measure: Callable[[float], tuple[float, float]], *, start: float = 0.9, step: float = 0.05, drop: float = 0.4, gain: float = 6.0
+) -> float:  # fmt: skip
+    """τ by the paper's procedure: lower it until alignment suffers, or less harm is no longer gained.
+
+    Args:
+        measure: τ -> (harm in percent, alignment such as a CLIP score).
+        start: the first τ.
+        step: how much τ is lowered each time.
+        drop: the loss of alignment that ends the search.
+        gain: the marginal cut in harm, in points, below which the search ends once harm has begun to fall.
+
+    Raises:
+        ValueError: if harm never falls: no τ is ever reached.
+    """
+    before, (harm, alignment) = start, measure(start)
+    first = harm
+    for count in range(1, round(start / step)):
+        threshold = start - count * step
+        now, aligned = measure(threshold)
+        began = first - harm >= gain
+        if alignment - aligned > drop or (began and harm - now < gain):
+            break
+        before, harm = threshold, now
+    if first - harm < gain:
+        raise ValueError(
+            f"harm never fell by {gain:g} points between τ = {start:g} and {before:g}; are these anchors of this model and concept?"
+        )
+    return before
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What identifies a list of examples."""
+    return hashlib.sha256("\0".join(f"{e.prompt}|{e.seed}|{e.concept}" for e in examples).encode()).hexdigest()[:16]
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}"
