@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,8 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, Linux only
-    except OSError:
-        pass
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     return peak(device)
 
 

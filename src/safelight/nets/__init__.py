@@ -1,0 +1,1 @@
+"""Small trainable modules that know their shapes and losses, and nothing of pipelines."""
