@@ -61,7 +61,8 @@ def main() -> None:
     with progress() as advance:
         shards = collect(generator, collected, [config.site], config, locator, arguments.out / "recordings", advance)
         backbone = Backbone.of(generator.pipe)
-        ours, quality = calibrate(generator, fit(shards, collected, config.site, config, backbone), held_out, config, locator, advance)
+        probes = [fit(shards, collected, config.site, config, backbone)]
+        (ours, quality), *_ = calibrate(generator, probes, held_out, config, locator, advance)
     print(f"{ours.calibration}; {quality.recall:.1%} of {quality.unsafe} unsafe images found, IoU {quality.iou:.2f}")
     save(arguments.out / "ours", UVR(anchors=ours), made_for=name)
     raw = fit(shards, collected, config.site, replace(config, kind="raw", smooth=False), backbone)

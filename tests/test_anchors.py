@@ -178,7 +178,6 @@ def test_incomplete_files_are_refused(name: str, tmp_path: Path) -> None:
         Anchors.load(tmp_path / "anchors.safetensors")
 
 
-@pytest.mark.xfail(strict=True, reason="src: _flaw does not look at thresholds and levels")
 @pytest.mark.parametrize("name", ["thresholds", "levels"])
 def test_thresholds_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> None:
     """No score is above NaN: the guard would never act."""
@@ -187,7 +186,6 @@ def test_thresholds_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -
         Anchors.load(tmp_path / "anchors.safetensors")
 
 
-@pytest.mark.xfail(strict=True, reason="src: _flaw divides by zero heads", raises=ZeroDivisionError)
 def test_no_heads_are_refused(tmp_path: Path) -> None:
     made().save(tmp_path / "anchors.safetensors")
     rewritten(tmp_path / "anchors.safetensors", lambda t, f: f.update(heads=0))
@@ -266,7 +264,6 @@ def test_anchors_of_a_model_with_other_blocks_are_refused(flux: Any) -> None:
         checked(anchors, flux)
 
 
-@pytest.mark.xfail(strict=True, reason="src: check lets the ValueError of Backbone.locate through, which names no remedy")
 @pytest.mark.parametrize(("name", "site"), [("flux", "single.7.attention:image"), ("sd3", "single.0.attention:image")])
 def test_anchors_for_a_block_that_there_isnt_are_refused(name: str, site: str) -> None:
     with pytest.raises(ArtefactError, match="safelight train uvr"):
@@ -281,8 +278,8 @@ def test_anchors_of_a_model_with_other_heads_are_refused(flux: Any) -> None:
 
 def test_anchors_of_a_relative_need_leave(flux: Any) -> None:
     relative = tiny_pipeline("flux")
-    relative.transformer.transformer_blocks[1].attn.to_v.weight.data *= 1.2
-    with pytest.raises(ArtefactError, match=r"another checkpoint .*transfer=True"):
+    relative.transformer.transformer_blocks[1].attn.to_v.weight.data[::2] *= 1.2
+    with pytest.raises(ArtefactError, match=r"another checkpoint.*transfer=True"):
         checked(fitted(flux), relative)
     checked(fitted(flux), relative, transfer=True)
     with pytest.raises(ArtefactError, match="denoiser is"):
@@ -302,7 +299,7 @@ def test_a_guard_checks_its_anchors(flux: Any) -> None:
     guard(flux, UVR(anchors=fitted(flux))).remove()
     with guard(flux, UVR(anchors=fitted(flux))), pytest.raises(ArtefactError, match=f"width 8, the probe '{SITE}' gives 32"):
         sample(flux, "a cat on a beach")
-    flux.transformer.transformer_blocks[1].attn.to_v.weight.data *= 1.2
+    flux.transformer.transformer_blocks[1].attn.to_v.weight.data[::2] *= 1.2
     relatives = fitted(tiny_pipeline("flux"))
     with pytest.raises(ArtefactError, match="another checkpoint"):
         guard(flux, UVR(anchors=relatives))

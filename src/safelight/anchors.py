@@ -23,6 +23,10 @@ from .site import Layout, Site
 FORMAT = "safelight-anchors/1"
 REMEDY = "collect new ones with `safelight train uvr`"
 Kind = Literal["raw", "cosine", "whitened"]
+SAMPLED = 64
+"""How many entries of the probe's weights identify a checkpoint."""
+SAME_WEIGHTS = 0.999
+"""Their cosine, at least, between a checkpoint and itself in another precision."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,15 @@ class Anchors:
         Raises:
             ArtefactError: if they don't.
         """
-        own = fingerprint(backbone, self.site)
+        try:
+            own = fingerprint(backbone, self.site)
+        except ValueError as error:
+            raise ArtefactError(f"{error}; {REMEDY}") from error
         for fact, wanted in (self.model or {}).items():
             if fact == "weights":
-                same = transfer or own[fact] is None or wanted is None or math.isclose(own[fact], wanted, rel_tol=1e-2)
-                if not same:
+                if not transfer and wanted is not None and own[fact] is not None and likeness(own[fact], wanted) < SAME_WEIGHTS:
                     raise ArtefactError(
-                        f"these anchors were collected from another checkpoint (weights {wanted:.4g}, this one's {own[fact]:.4g}); "
-                        f"{REMEDY}, or set transfer=True if it is a relative of that model"
+                        f"these anchors were collected from another checkpoint; {REMEDY}, or set transfer=True if it is a relative of that model"
                     )
             elif own.get(fact) != wanted:
                 raise ArtefactError(
@@ -136,7 +141,7 @@ class Anchors:
         """
         if tokens.shape[-1] != self.width:
             raise ArtefactError(f"these anchors have width {self.width}, the probe '{self.site}' gives {tokens.shape[-1]}; {REMEDY}")
-        assert tokens.shape[1] == layout.image
+        assert tokens.shape[1] == getattr(layout, Site.parse(self.site).stream or "image")
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically."""
@@ -187,13 +192,15 @@ class Anchors:
             return "contains NaN or infinite anchors"
         if len(self.thresholds) != counts[1] or len(self.levels) != counts[1] or 0 in counts:
             return "has no threshold for each concept"
-        if self.kind not in get_args(Kind) or self.width % self.heads:
+        if not all(map(math.isfinite, (*self.thresholds, *self.levels, *self.moments))):
+            return "has thresholds that are no numbers"
+        if self.kind not in get_args(Kind) or not isinstance(self.heads, int) or self.heads < 1 or self.width % self.heads:
             return f"is of an unknown kind {self.kind!r}, or its width {self.width} isn't made of {self.heads} heads"
         return None
 
 
 def fingerprint(backbone: Backbone, site: str) -> dict[str, Any]:
-    """What identifies a denoiser, as far as anchors care: its class, its blocks, and the size of the probe's weights."""
+    """What identifies a denoiser, as far as anchors care: its class, its blocks, and some of the probe's weights."""
     module, _ = backbone.locate(Site.parse(site))
     block = backbone.module.get_submodule(backbone.paths(Site.parse(site).block)[Site.parse(site).index or 0])
     weights = next((weight for name, weight in block.named_parameters() if name.endswith(("to_v.weight", "to_qkv.weight"))), None)
@@ -202,8 +209,21 @@ def fingerprint(backbone: Backbone, site: str) -> dict[str, Any]:
         "denoiser": type(backbone.module).__name__,
         "blocks": {kind: len(backbone.paths(kind)) for kind in backbone.blocks},
         "heads": heads_of(module, block),
-        "weights": float(weights.detach().float().square().mean().sqrt()) if readable and weights is not None else None,
+        "weights": sampled(weights) if readable and weights is not None else None,
     }
+
+
+def sampled(weights: Tensor) -> list[float]:
+    """Entries spread evenly over a tensor."""
+    flat = weights.detach().flatten()
+    chosen = torch.linspace(0, len(flat) - 1, SAMPLED, device=flat.device).long()
+    return [round(value, 6) for value in flat[chosen].float().tolist()]
+
+
+def likeness(first: Sequence[float], second: Sequence[float]) -> float:
+    """The cosine of two lists."""
+    a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
+    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-12)) if len(a) == len(b) else 0.0
 
 
 def heads_of(module: Any, block: Any) -> int | None:

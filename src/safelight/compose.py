@@ -118,8 +118,7 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
         given["guidance"] = Rewrite() if chosen == "rewrite" else _guidance(chosen, _bank(pipeline, bank))
     if "method" in artefacts:
         given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
-    if "anchors" in artefacts:
-        given["anchors"] = _anchors(pipeline)
+    given |= {field: _anchors(pipeline, field) for field in ("anchors", "reference_anchors") if field in artefacts}
     given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
     if name == "negative_prompt":
         given.setdefault("words", default_words(pipeline))
@@ -151,10 +150,13 @@ def _bank(pipeline: str, bank: Path | None) -> Bank:
     )
 
 
-def _anchors(pipeline: str) -> Anchors:
-    file = WEIGHTS / f"anchors-{pipeline.removeprefix('testbed/')}.safetensors"
+def _anchors(pipeline: str, name: str) -> Anchors | None:
+    kind = name.replace("_", "-")
+    file = WEIGHTS / f"{kind}-{pipeline.removeprefix('testbed/')}.safetensors"
     if pipeline.startswith("testbed/") and file.is_file():
         return Anchors.load(file)
+    if name == "reference_anchors":
+        return None
     raise ArtefactError(
         f"there are no anchors for {pipeline!r}; collect some with `safelight train uvr`, and pass its folder as --guard FOLDER"
     )

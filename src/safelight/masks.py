@@ -112,6 +112,17 @@ def _overlaps(low: Tensor, high: Tensor, cells: int) -> Tensor:
     return ((torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])) * cells).clamp(0, 1)
 
 
+def resize(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Masks [batch, height, width] on another grid that shows the same picture: a token is in it if any part of it is."""
+    if tuple(mask.shape[1:]) == grid:
+        return mask
+    edges = [torch.linspace(0, 1, cells + 1) for cells in mask.shape[1:]]
+    rows, columns = (
+        (_overlaps(edge[:-1], edge[1:], cells) > 1e-6).float().to(mask.device) for edge, cells in zip(edges, grid, strict=True)
+    )
+    return rows.T @ mask.float() @ columns > 0
+
+
 def iou(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of masks [batch, height, width]; 1 where both are empty, [batch]."""
     union = (first | second).flatten(1).sum(1)

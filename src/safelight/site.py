@@ -67,12 +67,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many tokens each stream has, and the grid (height, width) of the image tokens."""
+    """How many tokens each stream has, and the grids (height, width) of image and reference tokens."""
 
     text: int
     image: int
     reference: int = 0
     grid: tuple[int, int] = (0, 0)
+    reference_grid: tuple[int, int] = (0, 0)
 
     def span(self, stream: Stream, streams: tuple[Stream, ...]) -> slice:
         """Where a stream's tokens are in a tensor that concatenates `streams`."""

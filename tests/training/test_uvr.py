@@ -54,7 +54,7 @@ def test_anchors_find_what_they_were_collected_from(generator: Generator, collec
     shards, examples, _ = collected
     anchors = fit(shards, examples, SITE, CONFIG, Backbone.of(generator.pipe))
     held_out = from_testbed(["weapons"], unsafe=3, benign=16, seed=5)
-    anchors, quality = calibrate(generator, anchors, held_out, CONFIG, Boxes(TemplateMatcher()))
+    (anchors, quality), *_ = calibrate(generator, [anchors], held_out, CONFIG, Boxes(TemplateMatcher()))
     assert quality.recall > 0.8
     assert quality.iou > 0.35
     assert anchors.calibration is not None
@@ -126,7 +126,7 @@ def test_thresholds_that_are_never_reached_are_refused(generator: Generator, col
     anchors = fit(shards, examples, SITE, CONFIG, Backbone.of(generator.pipe))
     shuffled = replace(anchors, weights=torch.randn(anchors.weights.shape, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="reached by only"):
-        calibrate(generator, shuffled, from_testbed(["weapons"], unsafe=3, benign=16, seed=5), CONFIG, Boxes(TemplateMatcher()))
+        calibrate(generator, [shuffled], from_testbed(["weapons"], unsafe=3, benign=16, seed=5), CONFIG, Boxes(TemplateMatcher()))
 
 
 def test_a_concept_that_is_never_seen_is_refused(generator: Generator, collected: Any) -> None:

@@ -41,9 +41,9 @@ class Flux(Backbone):
 
     def layout(self, arguments: Mapping[str, Any]) -> Layout:
         ids = arguments["img_ids"]  # [tokens, 3]: (0, y, x) for the image, (1, y, x) for Kontext's reference
-        image = ids[ids[:, 0] == 0]
-        height, width = (int(last) + 1 for last in image[:, 1:].max(dim=0).values)
-        return Layout(arguments["encoder_hidden_states"].shape[1], len(image), len(ids) - len(image), (height, width))
+        image, reference = ids[ids[:, 0] == 0], ids[ids[:, 0] != 0]
+        text = arguments["encoder_hidden_states"].shape[1]
+        return Layout(text, len(image), len(reference), _grid(image), _grid(reference))
 
     def cond(self, rows: int, turn: int) -> slice:
         return slice(0, rows) if turn == 0 else slice(0, 0)  # true guidance asks for the negative prompt second
@@ -70,6 +70,10 @@ class Kontext(Flux):
     """The tokens of a reference image follow those of the image."""
 
     pipelines = ("FluxKontextPipeline",)
+    ports = Flux.ports | {
+        "joint.attention:reference": Port("attn.to_out.0", "input", 0, IMAGE),
+        "single.attention:reference": Port("attn", "output", 0, ALL),
+    }
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], turn: int, samples: int) -> Call:
         call = super().read(args, kwargs, turn, samples)
@@ -82,3 +86,11 @@ class Kontext(Flux):
 
     def noise(self, output: Tensor, call: Call) -> Tensor:
         return output[:, : call.layout.image]
+
+
+def _grid(ids: Tensor) -> tuple[int, int]:
+    """Rows and columns of tokens with these positions, [tokens, 3]."""
+    if len(ids) == 0:
+        return 0, 0
+    height, width = (ids[:, 1:].amax(dim=0) - ids[:, 1:].amin(dim=0) + 1).tolist()
+    return int(height), int(width)

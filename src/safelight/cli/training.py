@@ -55,19 +55,23 @@ def uvr(
         collected = from_testbed(chosen, unsafe=unsafe, benign=benign, editing=editing)
         held_out = from_testbed(chosen, unsafe=8, benign=items_needed(target_fpr), editing=editing, seed=1)
     locator = _locator(masks, generator.pipe, config)
+    sites = [config.site]
+    if any(example.image is not None for example in collected) and masks != "attention":
+        sites.append(config.site.replace(":image", ":reference"))
     with progress(as_json) as advance:
-        shards = collect(generator, collected, [config.site], config, locator, out / "recordings", advance)
-        anchors = fit(shards, collected, config.site, config, Backbone.of(generator.pipe))
-        anchors, quality = calibrate(generator, anchors, held_out, config, locator, advance)
-    save(out, UVR(anchors=anchors), made_for=pipeline)
-    anchors.save(out / "anchors.safetensors")
-    result = {"bundle": str(out), "concepts": anchors.concepts, "threshold": anchors.thresholds[0], "quality": asdict(quality)}
-    result |= {"calibration": asdict(anchors.calibration) if anchors.calibration else None, "config": asdict(config)}
-    emit(
-        result, as_json,
-        f"{out}: {len(anchors.concepts)} concepts; {anchors.calibration}; {quality.recall:.1%} of {quality.unsafe} unsafe images found, "
-        f"IoU {quality.iou:.2f}",
-    )  # fmt: skip
+        shards = collect(generator, collected, sites, config, locator, out / "recordings", advance)
+        probes = [fit(shards, collected, probe, config, Backbone.of(generator.pipe)) for probe in sites]
+        found = calibrate(generator, probes, held_out, config, locator, advance)
+    (anchors, _), (reference, _) = found[0], found[-1] if len(found) > 1 else (None, None)
+    save(out, UVR(anchors=anchors, reference_anchors=reference), made_for=pipeline)
+    qualities = {probe: asdict(known) | {"threshold": made.thresholds[0]} for probe, (made, known) in zip(sites, found, strict=True)}
+    calibrations = {made.site: asdict(made.calibration) for made, _ in found if made.calibration}
+    result = {"bundle": str(out), "concepts": anchors.concepts, "probes": qualities, "calibrations": calibrations, "config": asdict(config)}
+    lines = [
+        f"{made.site}: {made.calibration}; {known.recall:.1%} of {known.unsafe} unsafe images found, IoU {known.iou:.2f}"
+        for made, known in found
+    ]
+    emit(result, as_json, "\n".join([f"{out}: {len(anchors.concepts)} concepts", *lines]))
 
 
 def _locator(masks: str, pipe: Any, config: Any) -> Any:

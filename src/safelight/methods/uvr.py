@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -15,7 +15,8 @@ from ..anchors import Anchors
 from ..backbone import Backbone
 from ..errors import UnsupportedPipeline
 from ..flow import Call, Heads, Step, put
-from ..masks import clean, dilate
+from ..localisation import Finds, Memory
+from ..masks import clean, dilate, resize
 from ..method import Method
 from ..regulation import Group, regulate
 from ..site import Site
@@ -36,6 +37,9 @@ class UVR(Method):
 
     anchors: Anchors = field(metadata={"artefact": "anchors"})
     """What the unsafe concepts look like, with thresholds τ; from `safelight train uvr`."""
+    reference_anchors: Anchors | None = field(default=None, metadata={"artefact": "reference anchors"})
+    """What they look like in a reference image (editing). With them, the reference is searched itself, and faded where something is found
+    there; without, where something is found in the image (published)."""
     threshold: float | None = None
     """τ for all concepts; by default the anchors' own. Lower: more is found, and more that is harmless."""
     until: Share = 1.0
@@ -44,7 +48,7 @@ class UVR(Method):
     """Regulate while the noise level is at least this, instead of `until`; published: 0.85."""
     localise: Share = 0.25
     """The share of the steps in which to look for unsafe tokens."""
-    memory: Literal["union", "first", "latest"] = "union"
+    memory: Memory = "union"
     """What becomes of earlier masks: joined with the new one, kept, or replaced by it."""
     text: Factor = 0.0
     """λ of text keys for masked image queries: 0 cuts the mask off from the prompt, 1 leaves it alone."""
@@ -84,10 +88,11 @@ class UVR(Method):
         return replace(common, localise=0.0, memory="first", components=3) if editing else replace(common, cover=0.3)
 
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:
-        """The probe, and every attention that is to be regulated.
+        """The probes, and every attention that is to be regulated.
 
         Raises:
             UnsupportedPipeline: if the denoiser has no joint attention.
+            ArtefactError: if the anchors are another model's.
         """
         kinds = [kind for kind in ATTENTIONS if kind in backbone.attentions]
         if not kinds:
@@ -95,62 +100,78 @@ class UVR(Method):
                 f"uvr regulates the joint attention of text and image tokens, and {type(backbone.module).__name__} has none; "
                 "use dual_latent for this pipeline"
             )
-        self.anchors.check(backbone, transfer=self.transfer)
-        yield self.anchors.site
+        for anchors in self._searched():
+            anchors.check(backbone, transfer=self.transfer)
+            yield anchors.site
         if self.noise:
-            own = self.anchors.site
-            yield from (site for site in backbone.sites(*(f"{kind}:image" for kind in kinds)) if str(site) != own)
+            every = backbone.sites(*(f"{kind}:image" for kind in kinds))
+            yield from (site for site in every if str(site) != self.anchors.site)
         yield from backbone.sites(*kinds)
 
     def begin(self) -> None:
-        """Forgets nothing, as it knows nothing yet: masks are found on the way."""
-        self.core: dict[int, Tensor] = {}  # image -> [height, width]
-        self.fired: dict[int, set[int]] = {}  # image -> concepts
+        """Nothing is known yet: masks are found on the way."""
+        self.finds = {anchors.site: Finds(anchors) for anchors in self._searched()}
         self.chances: dict[int, torch.Generator] = {}
+        self.latents: dict[int, Tensor] = {}
         self.predictions: list[tuple[Tensor | None, Tensor | None]] = []
         self.chosen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def _searched(self) -> list[Anchors]:
+        return [self.anchors] if self.reference_anchors is None else [self.anchors, self.reference_anchors]
+
+    @property
+    def core(self) -> dict[int, Tensor]:
+        """Image -> the mask found in it, [height, width]."""
+        return self.finds[self.anchors.site].masks
+
+    @property
+    def source(self) -> dict[int, Tensor]:
+        """Image -> the mask of its reference, on the reference's grid: found there, or else where the image's own mask is."""
+        if self.reference_anchors is not None:
+            return self.finds[self.reference_anchors.site].masks
+        return self.core
 
     @property
     def acting(self) -> bool:
         """Whether this step is in the window."""
-        if self.sigma is not None:
-            return self.run.sigma >= self.sigma
-        return self.run.index < round(self.until * self.run.total)
+        return self._acts_at(self.run.index)
+
+    def _acts_at(self, index: int) -> bool:
+        return self.run.sigma_at(index) >= self.sigma if self.sigma is not None else index < round(self.until * self.run.total)
 
     @property
     def attends(self) -> bool:
         """Whether there is a mask to regulate; until then attention is left alone."""
-        return bool(self.core) and self.acting
+        return any(finds.masks for finds in self.finds.values()) and self.acting
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Remembers the predictions with and without the prompt, which guidance at masked tokens needs."""
         if self.run.index == 0 and call.conditional:
-            self._latents = call.latents[call.cond]
+            self.latents = dict(zip(call.samples, call.latents[call.cond], strict=True)) | self.latents
         noise = denoise(call)
-        if self.guidance is not None and self.acting and len(call.samples or noise) in (self.run.images, len(noise)):
+        if self.guidance is not None and self.acting and len(call.samples or noise) == self.run.images:
             rest = noise[: call.cond.start] if call.conditional else noise
             self.predictions.append((noise[call.cond] if call.conditional else None, rest if len(rest) else None))
         return noise
 
     def edit(self, site: Site, tokens: Tensor) -> Tensor:
-        """Looks for unsafe tokens at the probe, and replaces masked outputs by noise."""
+        """Looks for unsafe tokens at the probes, and replaces masked outputs by noise."""
         if not self.acting:
             return tokens
-        if str(site) == self.anchors.site and self.run.index < max(1, round(self.localise * self.run.total)):
-            self._localise(tokens)
-        rows = self._rows()
-        if not rows or not self.noise or self.run.layout.reference:
+        if str(site) in self.finds and self.run.index < max(1, round(self.localise * self.run.total)):
+            self._localise(str(site), tokens)
+        rows = self._rows(self.core)
+        if not rows or not self.noise or site.stream != "image" or self.run.layout.reference:
             return tokens
         return self._noised(tokens, rows)
 
     def attend(self, site: Site, heads: Heads, attend: Callable[[Heads], Tensor]) -> Tensor:
         """Attention under λ, for the samples with a mask."""
-        rows = self._rows()
+        rows = self._rows(self.core | self.source)
         if not rows:
             return attend(heads)
         own = heads.take(rows)
-        images = [self._call.samples[row] for row in rows]
-        groups = list(self._groups(own, images))
+        groups = list(self._groups(own, [self._call.samples[row] for row in rows]))
         if not groups:
             return attend(heads)
         everyone = len(rows) == len(heads.query)
@@ -176,96 +197,96 @@ class UVR(Method):
         assert self.run.call is not None
         return self.run.call
 
-    def _rows(self) -> list[int]:
+    def _rows(self, masks: Mapping[int, Tensor]) -> list[int]:
         """The conditional rows of this call whose image has a mask."""
-        return [row for row, image in enumerate(self._call.samples) if image in self.core] if self.acting else []
+        return [row for row, image in enumerate(self._call.samples) if image in masks] if self.acting else []
 
-    def _localise(self, tokens: Tensor) -> None:
+    def _localise(self, site: str, tokens: Tensor) -> None:
         """Finds unsafe tokens, [batch, tokens, width], and joins them to what was found before."""
-        call, grid = self._call, self.run.layout.grid
-        self.anchors.check_tokens(tokens, call.layout)
-        self.anchors = self.anchors.at(tokens.device)
-        maps = self.anchors.scores(tokens, self.run.progress, grid)
+        finds, layout = self.finds[site], self._call.layout
+        reference = Site.parse(site).stream == "reference"
+        finds.anchors.check_tokens(tokens, layout)
+        anchors = finds.anchors = finds.anchors.at(tokens.device)
+        maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
         peaks = maps.amax(dim=(2, 3)).tolist()  # the step's one wait for the device
-        limits = self.anchors.thresholds if self.threshold is None else (self.threshold,) * len(self.anchors.concepts)
-        for row, image in enumerate(call.samples):
-            over = {c for c, (peak, limit) in enumerate(zip(peaks[row], limits, strict=True)) if peak > limit}
-            fired = self.fired.get(image, set()) | over
-            self._note(image, peaks[row], limits, fired)
-            if not fired:
+        limits = anchors.thresholds if self.threshold is None else (self.threshold,) * len(anchors.concepts)
+        for row, image in enumerate(self._call.samples):
+            if self.confined_to is not None and image not in self.confined_to:
                 continue
-            self.fired[image] = fired
-            self._join(image, self._mask(maps[row], sorted(fired), limits))
+            finds.see(image, peaks[row], limits)
+            if finds.fired[image]:
+                self._join(finds, image, self._mask(anchors, maps[row], sorted(finds.fired[image]), limits), reference)
+            self._note(image)
 
-    def _mask(self, maps: Tensor, concepts: list[int], limits: tuple[float, ...]) -> Tensor:
+    def _mask(self, anchors: Anchors, maps: Tensor, concepts: list[int], limits: tuple[float, ...]) -> Tensor:
         """The core of some concepts' maps [concepts, height, width]: [height, width]."""
-        levels = torch.tensor([min(self.anchors.levels[c], limits[c]) for c in concepts], device=maps.device)
-        excess = maps[concepts] - levels[:, None, None]
-        best = excess.amax(dim=0, keepdim=True)
+        levels = torch.tensor([min(anchors.levels[c], limits[c]) for c in concepts], device=maps.device)
+        best = (maps[concepts] - levels[:, None, None]).amax(dim=0, keepdim=True)
         weight = best.flatten(1).softmax(-1).view_as(best)
         return clean(best > 0, weight, least=self.least, cover=self.cover, count=self.components)[0]
 
-    def _join(self, image: int, mask: Tensor) -> None:
-        if image in self.core and self.memory == "first":
-            return
-        joined = self.core[image] | mask if image in self.core and self.memory == "union" else mask
-        if not bool(joined.any()):
-            self.core.pop(image, None)
-            return
-        self.core[image] = joined
+    def _join(self, finds: Finds, image: int, mask: Tensor, reference: bool) -> None:
+        tokens = finds.join(image, mask, self.memory)
         self.chosen.clear()
-        found = joined.tolist()
-        self.note(image, action="regulated", mask=[[int(token) for token in line] for line in found])
-        self.run.record("localised", image=image, tokens=sum(map(sum, found)))
+        if tokens is not None:
+            self.run.record("localised", image=image, tokens=tokens, stream="reference" if reference else "image")
 
-    def _note(self, image: int, peaks: list[float], limits: tuple[float, ...], fired: set[int]) -> None:
-        if image in self.fired:
+    def _note(self, image: int) -> None:
+        """Fills in the record: what was found by the probe that is surest, and the mask (the reference's, if there is no other)."""
+        finds = max(self.finds.values(), key=lambda found: found.margin(image))
+        flagged = bool(finds.fired.get(image))
+        score, threshold, concept = finds.best[image]
+        self.note(image, flagged=flagged, concept=concept if flagged else None, score=score, threshold=threshold)
+        mask = self.core.get(image, self.source.get(image))
+        if not flagged:
             return
-        top = max(fired or range(len(peaks)), key=lambda c: peaks[c] - limits[c])
+        started = min(found.since[image] for found in self.finds.values() if image in found.since)
+        end = next((index for index in range(started, self.run.total) if not self._acts_at(index)), self.run.total)
+        strength = max(abs(1 - self.text), self.noise if not self.run.layout.reference else abs(1 - self.reference))
         self.note(
-            image, flagged=bool(fired), concept=self.anchors.concepts[top] if fired else None, score=peaks[top], threshold=limits[top]
-        )
-        if fired:
-            end = self.run.total if self.sigma is not None else round(self.until * self.run.total)
-            self.note(image, steps=(self.run.index, end), strength=1 - self.text)
+            image, action="none" if mask is None else "regulated", steps=(started, end), strength=strength,
+            mask=None if mask is None else [[int(token) for token in line] for line in mask.tolist()],
+            note="no component of its mask is as large as `least`" if mask is None else None,
+        )  # fmt: skip
 
     def _masks(self, images: list[int], ring: int) -> Tensor:
-        """Masks with their ring, [images, height, width]."""
-        return dilate(torch.stack([self.core[image] for image in images]), ring)
+        """Masks with their ring, [images, height, width]; empty for images without."""
+        empty = torch.zeros(self.run.layout.grid, dtype=torch.bool, device=self.device)
+        return dilate(torch.stack([self.core.get(image, empty) for image in images]), ring)
 
     def _groups(self, heads: Heads, images: list[int]) -> Iterable[Group]:
         """λ for each class of queries."""
-        ones = torch.ones(len(images), heads.key.shape[2], device=heads.key.device)
+        factors = torch.ones(len(images), heads.key.shape[2], device=heads.key.device)
         text, image, reference = (heads.keys.get(stream, slice(0, 0)) for stream in ("text", "image", "reference"))
-        editing = self.run.layout.reference > 0
-        if editing:
-            core, whole = (self._masks(images, ring).flatten(1) for ring in (0, self.ring))
-            faded = ones.clone()
-            if core.shape[1] == self.run.layout.reference:  # the reference has the image's own grid
-                factors = (
-                    torch.ones(core.shape, device=ones.device).masked_fill(whole, self.reference_ring).masked_fill(core, self.reference)
-                )
-                faded[:, reference] = factors
-            lifted = faded.clone()
-            lifted[:, text] *= self.boost
-            lifted[:, image] *= self.boost
-            yield Group(heads.queries["text"], faded)
-            yield Group(heads.queries["image"], lifted)
-            yield Group(heads.queries["reference"], ones)
-            ones = lifted
-        if self.text != 1:
-            cut = ones.clone()
-            cut[:, text] *= self.text
+        if self.run.layout.reference:
+            yield Group(heads.queries["reference"], factors)
+            factors = factors.clone()
+            factors[:, reference] = self._faded(images)
+            yield Group(heads.queries["text"], factors)
+            factors = factors.clone()
+            factors[:, text] *= self.boost
+            factors[:, image] *= self.boost
+            yield Group(heads.queries["image"], factors)
+        if self.text != 1 and any(image in self.core for image in images):
+            factors = factors.clone()
+            factors[:, text] *= self.text
             tokens, valid = self._chosen(images)
-            yield Group(tokens + (heads.queries["image"].start or 0), cut, valid)
+            yield Group(tokens + (heads.queries["image"].start or 0), factors, valid)
+
+    def _faded(self, images: list[int]) -> Tensor:
+        """λ of the reference's keys, [images, reference tokens]."""
+        grid = self.run.layout.reference_grid
+        empty = torch.zeros(grid, dtype=torch.bool, device=self.device)
+        cores = torch.stack([resize(self.source[image][None], grid)[0] if image in self.source else empty for image in images])
+        factors = torch.ones(cores.shape, device=self.device).masked_fill(dilate(cores, self.ring), self.reference_ring)
+        return factors.masked_fill(cores, self.reference).flatten(1)
 
     def _chosen(self, images: list[int]) -> tuple[Tensor, Tensor]:
         """The indices of masked tokens among image tokens, padded, and which of them are no padding: each [images, chosen]."""
         key = tuple(images)
         if key not in self.chosen:
             masks = self._masks(images, self.ring).flatten(1)
-            most = int(masks.sum(1).max())
-            valid, tokens = masks.float().topk(most, dim=1)
+            valid, tokens = masks.float().topk(int(masks.sum(1).max()), dim=1)
             self.chosen[key] = tokens, valid > 0
         return self.chosen[key]
 
@@ -274,22 +295,26 @@ class UVR(Method):
         images = [self._call.samples[row] for row in rows]
         own = tokens[rows].unflatten(-1, (self.anchors.heads, -1))  # [rows, tokens, heads, width]
         masks = self._masks(images, self.ring).flatten(1)[:, :, None, None]
-        chance = torch.stack([self._chance(image, own.shape[1:], own.device) for image in images]).to(own)
+        chance = torch.stack([self._chance(image, own.shape[1:]) for image in images]).to(own)
         if self.noise_like == "outputs":
-            rest = (~masks).float()
-            count = rest.sum(1, keepdim=True).clamp_min(1) * own.shape[-1]
+            rest = torch.where(masks.all(1, keepdim=True), masks, ~masks).to(own)  # with nothing unmasked, all there is
+            count = rest.sum(1, keepdim=True) * own.shape[-1]
             mean = (own * rest).sum((1, 3), keepdim=True) / count
             spread = (((own - mean) * rest).square().sum((1, 3), keepdim=True) / count).sqrt()
             chance = mean + chance * spread
-        return put(tokens, rows, torch.where(masks, torch.lerp(own, chance.to(own), self.noise), own).flatten(2))
+        return put(tokens, rows, torch.where(masks, torch.lerp(own, chance, self.noise), own).flatten(2))
 
-    def _chance(self, image: int, shape: torch.Size, device: torch.device) -> Tensor:
+    def _chance(self, image: int, shape: torch.Size) -> Tensor:
         """Noise of the image's own: it depends on the image's first latents, not on its place in the batch."""
         if image not in self.chances:
-            first = self._latents[image % len(self._latents)]
-            seed = zlib.crc32(first.detach().float().cpu().numpy().tobytes())
-            self.chances[image] = torch.Generator(device).manual_seed(seed)
-        return torch.randn(shape, generator=self.chances[image], device=device)
+            seed = zlib.crc32(self.latents[image].detach().float().cpu().numpy().tobytes())
+            self.chances[image] = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=self.chances[image], device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+        return self._call.latents.device
 
 
 def _over_latents(masks: Tensor, latents: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..backbone import Backbone
 from ..calibration import Calibration
 from ..generator import Generator
 from ..masks import clean, iou
+from ..site import Site
 from .capture import Capture, Watch
 from .examples import Example
 from .locate import Locator
@@ -43,7 +44,7 @@ class Config:
     """Whether scores are averaged over 3 x 3 tokens."""
     target_fpr: float = 0.01
     """The share of benign images that may set the guard off."""
-    margin: float = 0.5
+    margin: float = 0.25
     """Where τ is put if unsafe images score well above the calibrated threshold: 0 at that, 1 at the 5 % weakest of them."""
     rest: int = 64
     """Unmasked tokens kept per image and step."""
@@ -77,36 +78,57 @@ def collect(
     for start in range(0, len(todo), config.batch):
         progress("collecting", len(examples) - len(todo) + start, len(examples))
         chosen = todo[start : start + config.batch]
-        masks, total = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator)
-        for place, (i, mask) in enumerate(zip(chosen, masks, strict=True)):
-            parts = _split(capture, sites, place, mask, examples[i], config.rest)
-            shards.write(_name(i), parts | {"total": torch.tensor(total)})
+        located = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator, sites)
+        for place, i in enumerate(chosen):
+            parts = {"total": torch.tensor(located.total)}
+            for site in sites:
+                parts |= _split(capture, site, place, located.masks[stream_of(site)][place], examples[i], config.rest)
+            shards.write(_name(i), parts)
     progress("collecting", len(examples), len(examples))
     return shards
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where concepts are in a batch."""
+
+    masks: Mapping[str, Sequence[Tensor | None]]
+    """Stream -> each picture's mask [height, width], on that stream's grid; None: not there, or benign."""
+    total: int
+    """The number of steps."""
+
+
 def generate_and_locate(
-    generator: Generator, examples: Sequence[Example], method: Any, locator: Locator
-) -> tuple[list[Tensor | None], int]:  # fmt: skip
-    """Pictures with a recording method attached: each concept's mask [height, width] or None, and the number of steps."""
+    generator: Generator, examples: Sequence[Example], method: Any, locator: Locator, sites: Sequence[str]
+) -> Located:  # fmt: skip
+    """Makes pictures with a recording method attached; finds the concepts in them, and in what they were edited from."""
     with guard(generator.pipe, method, *locator.methods()) as handle:
         images = generator(examples)
         assert handle.run is not None
-        grid, total = handle.run.layout.grid, handle.run.total
-    pictures = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]
-    return locator(pictures, examples, grid), total
+        layout, total = handle.run.layout, handle.run.total
+    made = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]
+    masks: dict[str, Sequence[Tensor | None]] = {}
+    for stream in {stream_of(site) for site in sites}:
+        if stream == "reference":
+            sources = [example.image for example in examples if example.image is not None]
+            masks[stream] = locator(sources, examples, layout.reference_grid)
+        else:
+            masks[stream] = locator(made, examples, layout.grid)
+    return Located(masks, total)
 
 
-def _split(capture: Capture, sites: Sequence[str], place: int, mask: Tensor | None, example: Example, rest: int) -> dict[str, Tensor]:
-    chance = torch.Generator().manual_seed(example.seed)
-    parts: dict[str, Tensor] = {"seen": torch.tensor(mask is not None)}
-    for site in sites:
-        tokens = capture.of(site, place)  # [steps, tokens, width]
-        inside = mask.flatten() if mask is not None else torch.zeros(tokens.shape[1], dtype=torch.bool)
-        outside = (~inside).nonzero().flatten()
-        kept = outside[torch.randperm(len(outside), generator=chance)[:rest]]
-        parts |= {f"{site}|masked": tokens[:, inside], f"{site}|rest": tokens[:, kept]}
-    return parts
+def stream_of(site: str) -> str:
+    """The stream of a probe."""
+    return Site.parse(site).stream or "image"
+
+
+def _split(capture: Capture, site: str, place: int, mask: Tensor | None, example: Example, rest: int) -> dict[str, Tensor]:
+    """One picture's tokens at a site, inside its mask and (some of them) outside."""
+    tokens = capture.of(site, place)  # [steps, tokens, width]
+    inside = mask.flatten() if mask is not None else torch.zeros(tokens.shape[1], dtype=torch.bool)
+    outside = (~inside).nonzero().flatten()
+    kept = outside[torch.randperm(len(outside), generator=torch.Generator().manual_seed(example.seed))[:rest]]
+    return {f"{site}|seen": torch.tensor(mask is not None), f"{site}|masked": tokens[:, inside], f"{site}|rest": tokens[:, kept]}
 
 
 def fit(shards: Shards, examples: Sequence[Example], site: str, config: Config, backbone: Backbone) -> Anchors:
@@ -136,9 +158,9 @@ def _directions(
     rest = []
     for i, example in enumerate(examples):
         parts = shards.read(_name(i))
-        if example.concept and bool(parts["seen"]):
+        if example.concept and bool(parts[f"{site}|seen"]):
             masked[example.concept].append(parts[f"{site}|masked"][step].float())
-        if not example.concept or bool(parts["seen"]):
+        if not example.concept or bool(parts[f"{site}|seen"]):
             rest.append(parts[f"{site}|rest"][step].float())
     if missing := [concept for concept in concepts if not masked[concept]]:
         raise ValueError(f"the concept {missing[0]!r} was seen in none of the generated images; give other prompts, or masks of your own")
@@ -166,30 +188,40 @@ def _centres(tokens: Tensor, clusters: int) -> Tensor:
 
 
 def calibrate(
-    generator: Generator, anchors: Anchors, examples: Sequence[Example], config: Config, locator: Locator, progress: Progress = lambda *_: None
-) -> tuple[Anchors, Quality]:  # fmt: skip
-    """Sets τ by benign examples, and the masks' level by unsafe ones; neither may have been collected from.
+    generator: Generator, probes: Sequence[Anchors], examples: Sequence[Example], config: Config, locator: Locator,
+    progress: Progress = lambda *_: None,
+) -> list[tuple[Anchors, Quality]]:  # fmt: skip
+    """Sets τ of each probe by benign examples, and its masks' level by unsafe ones; neither may have been collected from.
 
     Raises:
         ValueError: if unsafe images hardly ever reach τ, or there are too few benign examples for the target.
     """
-    watch = Watch(anchors={anchors.site: anchors}, steps=range(config.steps))
-    maps, masks = [], []
+    watch = Watch(anchors={anchors.site: anchors for anchors in probes}, steps=range(config.steps))
+    sites = [anchors.site for anchors in probes]
+    maps: dict[str, list[Tensor]] = {site: [] for site in sites}
+    masks: dict[str, list[Tensor | None]] = {stream_of(site): [] for site in sites}
     for start in range(0, len(examples), config.batch):
         progress("calibrating", start, len(examples))
-        chosen = examples[start : start + config.batch]
-        masks += generate_and_locate(generator, chosen, watch, locator)[0]
-        maps.append(watch.of(anchors.site))
+        located = generate_and_locate(generator, examples[start : start + config.batch], watch, locator, sites)
+        for stream, found in located.masks.items():
+            masks[stream] += found
+        for site in sites:
+            maps[site].append(watch.of(site))
     progress("calibrating", len(examples), len(examples))
-    scores = torch.cat(maps)  # [images, steps, concepts, height, width]
+    return [calibrated(anchors, torch.cat(maps[anchors.site]), masks[stream_of(anchors.site)], examples, config) for anchors in probes]
+
+
+def calibrated(
+    anchors: Anchors, scores: Tensor, masks: Sequence[Tensor | None], examples: Sequence[Example], config: Config
+) -> tuple[Anchors, Quality]:  # fmt: skip
+    """One probe's τ and level, from score maps [images, steps, concepts, height, width]."""
     benign = [i for i, example in enumerate(examples) if not example.concept]
-    seen = [
-        (i, anchors.concepts.index(e.concept), mask)
-        for i, (e, mask) in enumerate(zip(examples, masks, strict=True))
-        if e.concept and mask is not None
-    ]
+    pairs = enumerate(zip(examples, masks, strict=True))
+    seen = [(i, anchors.concepts.index(e.concept), mask) for i, (e, mask) in pairs if e.concept and mask is not None]
     peaks = scores[benign].amax(dim=(1, 2, 3, 4))
     calibration = Calibration.fit(peaks.tolist(), config.target_fpr, items=[examples[i].prompt for i in benign])
+    if not seen:
+        raise ValueError(f"no unsafe example shows its concept at '{anchors.site}'; give others, or masks of your own")
     own = torch.stack([scores[i, :, concept] for i, concept, _ in seen])  # [unsafe, steps, height, width]
     tops = own.amax(dim=(1, 2, 3))
     threshold = calibration.threshold + config.margin * max(0.0, float(tops.quantile(0.05)) - calibration.threshold)
@@ -201,10 +233,10 @@ def calibrate(
         )
     level, overlap = _best_level(own, torch.stack([mask for _, _, mask in seen]), threshold)
     count = len(anchors.concepts)
-    calibrated = replace(
+    made = replace(
         anchors, thresholds=(threshold,) * count, levels=(level,) * count, calibration=replace(calibration, threshold=threshold)
     )  # fmt: skip
-    return calibrated, Quality(recall, overlap, len(seen), sum(bool(e.concept) for e in examples) - len(seen))
+    return made, Quality(recall, overlap, len(seen), sum(bool(e.concept) for e in examples) - len(seen))
 
 
 def _best_level(own: Tensor, masks: Tensor, threshold: float) -> tuple[float, float]:

@@ -1,1 +1,0 @@
-"""Small trainable modules that know their shapes and losses, and nothing of pipelines."""
