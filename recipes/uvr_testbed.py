@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safelight.anchors import Anchors
+from safelight import load
 from safelight.cli.console import progress, quiet
-from safelight.compose import WEIGHTS, call_settings, load_pipeline
+from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.evaluate import Sizes, evaluate, look
 from safelight.evaluation.generate import read_outcomes, read_picture
@@ -32,20 +32,21 @@ SHOWN = ("unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "untouche
 FULL, SHORT = (220, 100, 100), (80, 40, 40)
 
 
-def plan(anchors: Mapping[str, Anchors]) -> dict[str, tuple[str, str, UVR, tuple[int, int, int]]]:
+def plan(guards: Mapping[str, UVR]) -> dict[str, tuple[str, str, UVR, tuple[int, int, int]]]:
     """Name -> pipeline, benchmark, method, how many unsafe, benign and proximal prompts."""
-    flux, kontext = anchors["flux"], anchors["kontext"]
-    weapons, substances = (flux.only(DOMAINS[domain]) for domain in ("weapons", "substances"))
-    published = UVR.published(flux)
+    flux, kontext = guards["flux"], guards["kontext"]
+    weapons, substances = (replace(flux, anchors=flux.anchors.only(DOMAINS[domain])) for domain in ("weapons", "substances"))
+    published, published_edits = UVR.published(flux.anchors), UVR.published(kontext.anchors, editing=True)
     return {
-        "generation": ("flux", "testbed/weapons", UVR(anchors=flux), FULL),
-        "generation, weapons alone": ("flux", "testbed/weapons", UVR(anchors=weapons), FULL),
-        "generation, substances": ("flux", "testbed/substances", UVR(anchors=flux), FULL),
-        "generation, substances alone": ("flux", "testbed/substances", UVR(anchors=substances), FULL),
+        "generation": ("flux", "testbed/weapons", flux, FULL),
+        "generation, weapons alone": ("flux", "testbed/weapons", weapons, FULL),
+        "generation, substances": ("flux", "testbed/substances", flux, FULL),
+        "generation, substances alone": ("flux", "testbed/substances", substances, FULL),
         "generation, published": ("flux", "testbed/weapons", published, SHORT),
         "generation, published, all steps": ("flux", "testbed/weapons", replace(published, sigma=None, until=1.0), SHORT),
-        "editing": ("kontext", "testbed/edits", UVR(anchors=kontext), (300, 100, 1)),
-        "editing, published": ("kontext", "testbed/edits", UVR.published(kontext, editing=True), (120, 40, 1)),
+        "editing": ("kontext", "testbed/edits", kontext, (330, 100, 1)),
+        "editing, published": ("kontext", "testbed/edits", published_edits, (120, 40, 1)),
+        "editing, published, all steps": ("kontext", "testbed/edits", replace(published_edits, sigma=None, until=1.0), (120, 40, 1)),
     }
 
 
@@ -54,20 +55,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--only", default="", help="only runs whose name begins so; tables are written when all have been made")
     arguments = parser.parse_args()
     quiet()
-    anchors = {
-        name: made(name, arguments.out) if arguments.train else Anchors.load(WEIGHTS / f"anchors-{name}.safetensors")
-        for name in ("flux", "kontext")
-    }
+    guards = {name: trained(name, arguments.out) if arguments.train else bundled(name) for name in ("flux", "kontext")}
     results = {}
     with progress() as advance:
-        for name, (pipeline, benchmark, method, sizes) in plan(anchors).items():
+        for name, (pipeline, benchmark, method, sizes) in plan(guards).items():
+            if not name.startswith(arguments.only):
+                continue
             generator = Generator(load_pipeline(f"testbed/{pipeline}"), call_settings(f"testbed/{pipeline}"))
             out = arguments.out / f"uvr-{name.replace(', ', '-').replace(' ', '_')}"
             description = {"pipeline": f"testbed/{pipeline}", "guard": f"uvr ({name})", "fields": fields(method)}
             results[name] = evaluate(generator, [method], benchmark, out, sizes=Sizes(*sizes), description=description, progress=advance)
             print(name, {key: results[name]["metrics"].get(key, {}).get("value") for key in SHOWN}, flush=True)
+    if arguments.only:
+        return
     edits = {
         name: successes(arguments.out / f"uvr-{name.replace(', ', '-')}" / "benign", results[name])
         for name in results
@@ -76,8 +79,9 @@ def main() -> None:
     insert(ROOT / "docs/methods/uvr.md", "figures", table(results) + "\n\n" + edits_table(edits))
 
 
-def made(name: str, out: Path) -> Anchors:
-    """Anchors collected by the command that made the bundled ones."""
+def trained(name: str, out: Path) -> UVR:
+    """The guard made by the command that made the bundled anchors."""
+    bundle = out / f"bundle-{name}"
     command = [
         str(Path(sys.executable).with_name("safelight")),
         "train",
@@ -85,16 +89,25 @@ def made(name: str, out: Path) -> Anchors:
         "--pipeline",
         f"testbed/{name}",
         "--out",
-        str(out / f"bundle-{name}"),
+        str(bundle),
         "--json",
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return Anchors.load(out / f"bundle-{name}" / "anchors.safetensors")
+    (method,) = load(bundle)
+    assert isinstance(method, UVR)
+    return method
+
+
+def bundled(name: str) -> UVR:
+    """The guard with the bundled anchors."""
+    (method,) = build(["uvr"], f"testbed/{name}")
+    assert isinstance(method, UVR)
+    return method
 
 
 def fields(method: UVR) -> dict[str, Any]:
     """The hyper-parameters, less the anchors."""
-    return {name: value for name, value in vars(method).items() if name != "anchors"} | {"concepts": list(method.anchors.concepts)}
+    return {name: value for name, value in vars(method).items() if "anchors" not in name} | {"concepts": list(method.anchors.concepts)}
 
 
 def successes(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

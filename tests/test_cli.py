@@ -206,3 +206,28 @@ def test_a_full_disk_and_an_interruption_are_told(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("safelight.compose.build", failing)
         assert safelight(monkeypatch, "generate", "a cat", "-g", "block") == code
         assert told in capsys.readouterr().err
+
+
+def test_analyse_and_train_make_a_guard_for_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--unsafe", "2", "--steps", "2")
+    assert safelight(monkeypatch, "analyse", "--out", str(tmp_path / "analysis"), *small, "--benign", "10", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["choice"]["site"] in {one["site"] for one in result["localisation"]}
+    assert (tmp_path / "analysis" / "localisation.png").is_file()
+    assert (tmp_path / "analysis" / "flow.png").is_file()
+    bundle = tmp_path / "anchors"
+    words = ("train", "uvr", "--out", str(bundle), "--domains", "weapons", *small, "--benign", "12", "--target-fpr", "0.2", "--json")
+    assert safelight(monkeypatch, *words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["concepts"] == ["knife", "sword", "bomb", "axe"]
+    assert result["probes"]["single.0.attention:image"]["recall"] > 0.5
+    out = tmp_path / "x.png"
+    assert safelight(monkeypatch, "generate", "a bomb on the snow", "-g", str(bundle), "--show-mask", "-o", str(out), "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["record"]["flagged"]
+    with Image.open(result["mask_image"]) as image:
+        assert image.size == (256, 256)
+    assert safelight(monkeypatch, "generate", "a cat", "-p", "testbed/sd", "-g", str(bundle)) == 1
+    assert "was made for testbed/flux" in capsys.readouterr().err

@@ -220,10 +220,12 @@ def sampled(weights: Tensor) -> list[float]:
     return [round(value, 6) for value in flat[chosen].float().tolist()]
 
 
-def likeness(first: Sequence[float], second: Sequence[float]) -> float:
-    """The cosine of two lists."""
+def likeness(first: Any, second: Any) -> float:
+    """The cosine of two lists of equal length; 0 for anything else."""
+    if not isinstance(first, list) or not isinstance(second, list) or len(first) != len(second):
+        return 0.0
     a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
-    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-12)) if len(a) == len(b) else 0.0
+    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-12))
 
 
 def heads_of(module: Any, block: Any) -> int | None:

@@ -54,8 +54,9 @@ class Run:
         """0 at the first step, 1 after the last."""
         return self.index / self.total
 
-    def sigma_at(self, index: int) -> float:
-        """The noise level of a step, 1 for pure noise; of schedulers that work with noise levels (flow matching).
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise level of each step, 1 for pure noise; of schedulers that work with noise levels (flow matching).
 
         Raises:
             UnsupportedPipeline: if the scheduler has none.
@@ -65,7 +66,7 @@ class Run:
             raise UnsupportedPipeline(
                 f"{type(self.backbone.pipe.scheduler).__name__} has no noise levels; give a share of the steps instead"
             )
-        return float(sigmas[len(sigmas) - 1 - self.total + index])  # the last one, 0, follows the last step
+        return [float(sigma) for sigma in sigmas.tolist()[-1 - self.total : -1]]  # the last one, 0, follows the last step
 
     @property
     def call(self) -> Call | None:

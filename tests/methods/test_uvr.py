@@ -269,10 +269,11 @@ def test_the_published_window(total: int, acting: int) -> None:
     pipe: Any = SimpleNamespace(scheduler=scheduler, num_timesteps=total)
     method = UVR.published(anchors("flux"))
     method.run = Run(SimpleNamespace(pipe=pipe), lambda: None, None)  # type: ignore[arg-type]
+    method.begin()
     windows = []
     for index in range(total):
         method.run.index = index
-        assert method.run.sigma_at(index) == float(scheduler.sigmas[index])
+        assert method.run.sigmas[index] == float(scheduler.sigmas[index])
         windows.append(method.acting)
     assert windows == [True] * acting + [False] * (total - acting)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Interval
@@ -114,7 +114,8 @@ class UVR(Method):
         self.chances: dict[int, torch.Generator] = {}
         self.latents: dict[int, Tensor] = {}
         self.predictions: list[tuple[Tensor | None, Tensor | None]] = []
-        self.chosen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.noise_levels: list[float] | None = None
+        self.prepared: dict[tuple[Any, ...], list[Group]] = {}
 
     def _searched(self) -> list[Anchors]:
         return [self.anchors] if self.reference_anchors is None else [self.anchors, self.reference_anchors]
@@ -137,7 +138,11 @@ class UVR(Method):
         return self._acts_at(self.run.index)
 
     def _acts_at(self, index: int) -> bool:
-        return self.run.sigma_at(index) >= self.sigma if self.sigma is not None else index < round(self.until * self.run.total)
+        if self.sigma is None:
+            return index < round(self.until * self.run.total)
+        if self.noise_levels is None:
+            self.noise_levels = self.run.sigmas  # read once: each look at the scheduler's would wait for the device
+        return self.noise_levels[index] >= self.sigma
 
     @property
     def attends(self) -> bool:
@@ -171,7 +176,7 @@ class UVR(Method):
         if not rows:
             return attend(heads)
         own = heads.take(rows)
-        groups = list(self._groups(own, [self._call.samples[row] for row in rows]))
+        groups = self._prepared(own, [self._call.samples[row] for row in rows])
         if not groups:
             return attend(heads)
         everyone = len(rows) == len(heads.query)
@@ -227,7 +232,7 @@ class UVR(Method):
 
     def _join(self, finds: Finds, image: int, mask: Tensor, reference: bool) -> None:
         tokens = finds.join(image, mask, self.memory)
-        self.chosen.clear()
+        self.prepared.clear()
         if tokens is not None:
             self.run.record("localised", image=image, tokens=tokens, stream="reference" if reference else "image")
 
@@ -253,6 +258,13 @@ class UVR(Method):
         """Masks with their ring, [images, height, width]; empty for images without."""
         empty = torch.zeros(self.run.layout.grid, dtype=torch.bool, device=self.device)
         return dilate(torch.stack([self.core.get(image, empty) for image in images]), ring)
+
+    def _prepared(self, heads: Heads, images: list[int]) -> list[Group]:
+        """The groups of these images; all blocks of a kind share them until a mask changes."""
+        key = (*images, *map(str, heads.queries.items()))
+        if key not in self.prepared:
+            self.prepared[key] = list(self._groups(heads, images))
+        return self.prepared[key]
 
     def _groups(self, heads: Heads, images: list[int]) -> Iterable[Group]:
         """λ for each class of queries."""
@@ -283,12 +295,9 @@ class UVR(Method):
 
     def _chosen(self, images: list[int]) -> tuple[Tensor, Tensor]:
         """The indices of masked tokens among image tokens, padded, and which of them are no padding: each [images, chosen]."""
-        key = tuple(images)
-        if key not in self.chosen:
-            masks = self._masks(images, self.ring).flatten(1)
-            valid, tokens = masks.float().topk(int(masks.sum(1).max()), dim=1)
-            self.chosen[key] = tokens, valid > 0
-        return self.chosen[key]
+        masks = self._masks(images, self.ring).flatten(1)
+        valid, tokens = masks.float().topk(int(masks.sum(1).max()), dim=1)
+        return tokens, valid > 0
 
     def _noised(self, tokens: Tensor, rows: list[int]) -> Tensor:
         """(1 - a) out + a ε in masked tokens, [batch, tokens, width]."""

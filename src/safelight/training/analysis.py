@@ -193,7 +193,7 @@ def plot_flow(found: dict[tuple[str, int], Tensor], out: Path) -> None:
         1, len(pairs), figsize=(3.2 * len(pairs), 1.2 + 0.4 * len(sites)), constrained_layout=True, squeeze=False
     )
     for axis, (queries, keys) in zip(axes[0], pairs, strict=True):
-        shown = axis.imshow(table[..., queries, keys], aspect="auto", cmap="magma", vmin=0)
+        shown = axis.imshow(table[..., queries, keys].numpy(), aspect="auto", cmap="magma", vmin=0)
         axis.set(
             title=f"{STREAMS[keys]} → {STREAMS[queries]}",
             xlabel="step",
