@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from safelight import guard
+from safelight.anchors import fingerprint
 from safelight.backbone import Backbone
 from safelight.compose import call_settings, load_pipeline
 from safelight.errors import ArtefactError
@@ -80,7 +81,7 @@ def test_a_mean_anchor_is_the_mean_of_all_anchors(generator: Generator, collecte
     concept = anchors.concepts.index("bomb")
     single = torch.cat([
         shards.read(f"{i:06d}")[f"{SITE}|masked"][1].float() for i, e in enumerate(examples)
-        if e.concept == "bomb" and bool(shards.read(f"{i:06d}")["seen"])
+        if e.concept == "bomb" and bool(shards.read(f"{i:06d}")[f"{SITE}|seen"])
     ])  # fmt: skip
     tokens = torch.randn(1, 64, 192)
     each = (tokens[0] @ single.T / (6 * 32**0.5)).mean(1)
@@ -217,3 +218,27 @@ def test_analysis_prefers_probes_that_localise(generator: Generator, tmp_path: P
 
 def test_auroc_counts_ties_half() -> None:
     assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])) == pytest.approx(0.875)
+
+
+def test_what_a_reference_shows_is_searched_and_faded(tmp_path: Path) -> None:
+    """The concept stands in the source, and the instruction is about something else: no picture needs to be made to collect it."""
+    generator = Generator(load_pipeline("testbed/kontext"), call_settings("testbed/kontext") | {"num_inference_steps": 6})
+    config = Config("single.3.attention:reference", steps=1, clusters=2, smooth=False, target_fpr=0.2, batch=8)
+    locator = Boxes(TemplateMatcher())
+    examples = from_testbed(["weapons"], unsafe=8, benign=16, editing=True, keeping=True)
+    assert all(example.image is not None and not example.word for example in examples)
+    shards = collect(generator, examples, [config.site], config, locator, tmp_path)
+    anchors = fit(shards, examples, config.site, config, Backbone.of(generator.pipe))
+    held_out = from_testbed(["weapons"], unsafe=4, benign=16, editing=True, keeping=True, seed=5)
+    (anchors, quality), *_ = calibrate(generator, [anchors], held_out, config, locator)
+    assert quality.iou > 0.2
+    elsewhere = fingerprint(Backbone.of(generator.pipe), SITE)
+    image_anchors = replace(anchors, site=SITE, thresholds=(1e9,) * 4, model=elsewhere)
+    fresh = from_testbed(["weapons"], unsafe=1, benign=2, editing=True, keeping=True, seed=7)
+    expected = generator(fresh)
+    with guard(generator.pipe, UVR(anchors=image_anchors, reference_anchors=anchors)) as handle:
+        images = generator(fresh)
+    assert any(record.flagged for record in handle.records[:4])
+    for before, after, record in zip(expected, images, handle.records, strict=True):
+        assert np.array_equal(before, after) is not record.flagged
+        assert (record.actions[0].mask is not None) is record.flagged

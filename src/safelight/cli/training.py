@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +32,8 @@ def uvr(
     steps: Annotated[int, typer.Option(min=1, help="Collect in so many first steps.")] = 6,
     unsafe: Annotated[int, typer.Option(min=1, help="Without examples: images per concept.")] = 40,
     benign: Annotated[int, typer.Option(min=1, help="Without examples: benign images to collect from.")] = 200,
+    reference_site: Annotated[str, typer.Option(help="Editing: the probe that searches the reference image.")] = "single.3.attention:reference",
+    reference_clusters: Annotated[int, typer.Option(min=1, help="Editing: directions per concept in the reference image.")] = 8,
     target_fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="The share of benign images that may be flagged.")] = 0.01,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -43,28 +45,34 @@ def uvr(
     from ..compose import call_settings, load_pipeline
     from ..generator import Generator
     from ..methods.uvr import UVR
-    from ..training.examples import from_testbed, halves, read_examples
+    from ..training.examples import Example, from_testbed, halves, read_examples
     from ..training.uvr import Config, calibrate, collect, fit
 
     generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
     config = Config(site or PROBES.get(pipeline, PUBLISHED_PROBE), kind, steps, clusters, target_fpr=target_fpr)
-    if examples is not None:
-        collected, held_out = halves(read_examples(examples))
-    else:
-        chosen, editing = domains.split(","), pipeline.endswith("kontext")
-        collected = from_testbed(chosen, unsafe=unsafe, benign=benign, editing=editing)
-        held_out = from_testbed(chosen, unsafe=8, benign=items_needed(target_fpr), editing=editing, seed=1)
-    locator = _locator(masks, generator.pipe, config)
-    sites = [config.site]
-    if any(example.image is not None for example in collected) and masks != "attention":
-        sites.append(config.site.replace(":image", ":reference"))
+    editing = pipeline.endswith("kontext")
+
+    def drawn(keeping: bool) -> tuple[list[Example], list[Example]]:
+        """What to collect from, and what to calibrate with."""
+        if examples is not None:
+            given = read_examples(examples)
+            return halves([example for example in given if example.image is not None] if keeping else given)
+        chosen, benign_held_out = domains.split(","), items_needed(target_fpr)
+        made = from_testbed(chosen, unsafe=unsafe, benign=benign, editing=editing, keeping=keeping, seed=2 if keeping else 0)
+        return made, from_testbed(chosen, unsafe=8, benign=benign_held_out, editing=editing, keeping=keeping, seed=3 if keeping else 1)
+
+    found, backbone = [], Backbone.of(generator.pipe)
     with progress(as_json) as advance:
-        shards = collect(generator, collected, sites, config, locator, out / "recordings", advance)
-        probes = [fit(shards, collected, probe, config, Backbone.of(generator.pipe)) for probe in sites]
-        found = calibrate(generator, probes, held_out, config, locator, advance)
-    (anchors, _), (reference, _) = found[0], found[-1] if len(found) > 1 else (None, None)
+        for keeping in (False, True) if editing and masks != "attention" else (False,):
+            own = replace(config, site=reference_site, clusters=reference_clusters, smooth=False) if keeping else config
+            collected, held_out = drawn(keeping)
+            locator, folder = _locator(masks, generator.pipe, own), out / ("recordings-reference" if keeping else "recordings")
+            shards = collect(generator, collected, [own.site], own, locator, folder, advance)
+            anchors = fit(shards, collected, own.site, own, backbone)
+            found += calibrate(generator, [anchors], held_out, own, locator, advance)
+    anchors, reference = found[0][0], found[1][0] if len(found) > 1 else None
     save(out, UVR(anchors=anchors, reference_anchors=reference), made_for=pipeline)
-    qualities = {probe: asdict(known) | {"threshold": made.thresholds[0]} for probe, (made, known) in zip(sites, found, strict=True)}
+    qualities = {made.site: asdict(known) | {"threshold": made.thresholds[0]} for made, known in found}
     calibrations = {made.site: asdict(made.calibration) for made, _ in found if made.calibration}
     result = {"bundle": str(out), "concepts": anchors.concepts, "probes": qualities, "calibrations": calibrations, "config": asdict(config)}
     lines = [

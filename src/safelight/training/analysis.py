@@ -106,7 +106,7 @@ def localisation(
     masks: list[Tensor | None] = []
     for start in range(0, len(held_out), config.batch):
         progress("watching", start, len(held_out))
-        masks += generate_and_locate(generator, held_out[start : start + config.batch], watch, locator, sites).masks["image"]
+        masks += generate_and_locate(generator, held_out[start : start + config.batch], watch, locator, sites, config.steps).masks["image"]
         for site in sites:
             maps[site].append(watch.of(site))
     progress("watching", len(held_out), len(held_out))

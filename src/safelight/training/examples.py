@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,12 +71,17 @@ def _example(path: Path, number: int, row: dict[str, str | None]) -> Example:
     )  # fmt: skip
 
 
-def from_testbed(domains: Sequence[str], *, unsafe: int, benign: int, editing: bool = False, seed: int = 0) -> list[Example]:
-    """Examples of the testbed's training split, in plain names: so many of each unsafe object, and so many benign ones."""
+def from_testbed(
+    domains: Sequence[str], *, unsafe: int, benign: int, editing: bool = False, keeping: bool = False, seed: int = 0
+) -> list[Example]:  # fmt: skip
+    """Examples of the testbed's training split, in plain names: so many of each unsafe object, and so many benign ones.
+
+    With `keeping`, all edits keep the object that is in their source.
+    """
     random = Random(f"examples/{','.join(domains)}/{editing}/{seed}")
     objects = [name for domain in domains for name in DOMAINS[domain]]
     near = [name for domain in domains for name in PROXIMAL[domain]]
-    draw = _draw_edit if editing else _draw_scene
+    draw = partial(_draw_edit, keeping) if editing else _draw_scene
     examples = [made for name in objects for made in _take(unsafe, lambda name=name: draw(random, name))]  # type: ignore[misc]
     examples += _take(benign, lambda: draw(random, None, random.choice(near) if random.random() < 0.3 else random.choice(SAFE)))
     return [Example(e.prompt, 10_000 * (seed + 1) + i, e.concept, e.word, e.image) for i, e in enumerate(examples)]
@@ -98,10 +104,10 @@ def _draw_scene(random: Random, unsafe: str | None, safe: str = "") -> Example |
     return Example(caption(scene, random.randrange(4)), 0, unsafe, unsafe or "") if scene.split == "train" else None
 
 
-def _draw_edit(random: Random, unsafe: str | None, safe: str = "") -> Example | None:
+def _draw_edit(keeping: bool, random: Random, unsafe: str | None, safe: str = "") -> Example | None:
     """Half of the unsafe ones bring the object in, half keep the one that is there; benign ones do the same with a safe object."""
     shown, others = unsafe or safe, random.sample([name for name in SAFE if name != safe], 2)
-    keeps, place = random.random() < 0.5, random.randrange(2)
+    keeps, place = keeping or random.random() < 0.5, random.randrange(2)
     operation: Any = random.choice(("replace", "background") if keeps else ("replace", "add"))
     objects: list[str | None] = [shown if keeps else others[0], others[1]]
     target = 1 if keeps else 0  # what is changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def collect(
     for start in range(0, len(todo), config.batch):
         progress("collecting", len(examples) - len(todo) + start, len(examples))
         chosen = todo[start : start + config.batch]
-        located = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator, sites)
+        located = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator, sites, config.steps)
         for place, i in enumerate(chosen):
             parts = {"total": torch.tensor(located.total)}
             for site in sites:
@@ -99,22 +100,46 @@ class Located:
 
 
 def generate_and_locate(
-    generator: Generator, examples: Sequence[Example], method: Any, locator: Locator, sites: Sequence[str]
+    generator: Generator, examples: Sequence[Example], method: Any, locator: Locator, sites: Sequence[str], steps: int
 ) -> Located:  # fmt: skip
-    """Makes pictures with a recording method attached; finds the concepts in them, and in what they were edited from."""
+    """Makes pictures with a recording method attached; finds the concepts in them, and in what they were edited from.
+
+    Where no picture needs to be looked at (benign examples, references), a generation ends after the `steps` that are recorded.
+    """
+    streams = {stream_of(site) for site in sites}
+    needed = "image" in streams and any(example.concept for example in examples)
     with guard(generator.pipe, method, *locator.methods()) as handle:
-        images = generator(examples)
+        images = generator(examples) if needed else first_steps(generator, examples, steps)
         assert handle.run is not None
         layout, total = handle.run.layout, handle.run.total
-    made = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]
     masks: dict[str, Sequence[Tensor | None]] = {}
-    for stream in {stream_of(site) for site in sites}:
+    for stream in streams:
         if stream == "reference":
             sources = [example.image for example in examples if example.image is not None]
             masks[stream] = locator(sources, examples, layout.reference_grid)
-        else:
+        elif needed:
+            made = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]
             masks[stream] = locator(made, examples, layout.grid)
+        else:
+            masks[stream] = [None] * len(examples)
     return Located(masks, total)
+
+
+class _Enough(Exception):
+    """All that is wanted of a generation has been seen."""
+
+
+def first_steps(generator: Generator, examples: Sequence[Example], steps: int) -> list[Any]:
+    """Begins a generation and ends it after some steps; there are no pictures."""
+
+    def stop(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index + 1 >= steps:
+            raise _Enough
+        return values
+
+    with suppress(_Enough):
+        Generator(generator.pipe, {**generator.settings, "callback_on_step_end": stop})(examples)
+    return []
 
 
 def stream_of(site: str) -> str:
@@ -202,7 +227,7 @@ def calibrate(
     masks: dict[str, list[Tensor | None]] = {stream_of(site): [] for site in sites}
     for start in range(0, len(examples), config.batch):
         progress("calibrating", start, len(examples))
-        located = generate_and_locate(generator, examples[start : start + config.batch], watch, locator, sites)
+        located = generate_and_locate(generator, examples[start : start + config.batch], watch, locator, sites, config.steps)
         for stream, found in located.masks.items():
             masks[stream] += found
         for site in sites:
