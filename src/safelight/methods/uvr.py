@@ -268,22 +268,28 @@ class UVR(Method):
 
     def _groups(self, heads: Heads, images: list[int]) -> Iterable[Group]:
         """λ for each class of queries."""
-        factors = torch.ones(len(images), heads.key.shape[2], device=heads.key.device)
         text, image, reference = (heads.keys.get(stream, slice(0, 0)) for stream in ("text", "image", "reference"))
+        factors: Tensor | None = None
         if self.run.layout.reference:
-            yield Group(heads.queries["reference"], factors)
-            factors = factors.clone()
+            yield Group(heads.queries["reference"], None)
+            factors = torch.ones(len(images), heads.key.shape[2], device=heads.key.device)
             factors[:, reference] = self._faded(images)
             yield Group(heads.queries["text"], factors)
             factors = factors.clone()
             factors[:, text] *= self.boost
             factors[:, image] *= self.boost
             yield Group(heads.queries["image"], factors)
-        if self.text != 1 and any(image in self.core for image in images):
-            factors = factors.clone()
-            factors[:, text] *= self.text
-            tokens, valid = self._chosen(images)
-            yield Group(tokens + (heads.queries["image"].start or 0), factors, valid)
+        if self.text == 1 or not any(image in self.core for image in images):
+            return
+        tokens, valid = self._chosen(images)
+        tokens = tokens + (heads.queries["image"].start or 0)
+        if self.text == 0 and self.renormalise:
+            others = slice(text.stop, None) if text.start == 0 else slice(0, text.start)  # text stands first or last
+            yield Group(tokens, factors, valid, others)
+            return
+        factors = torch.ones(len(images), heads.key.shape[2], device=heads.key.device) if factors is None else factors.clone()
+        factors[:, text] *= self.text
+        yield Group(tokens, factors, valid)
 
     def _faded(self, images: list[int]) -> Tensor:
         """λ of the reference's keys, [images, reference tokens]."""
