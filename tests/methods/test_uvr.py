@@ -396,3 +396,19 @@ def test_behind_a_gate_only_flagged_images_are_in_the_log(flux: Any) -> None:
         sample(flux, [SAFE[0], UNSAFE[0]])
     assert handle.run is not None
     assert {event["image"] for event in handle.run.events} == {1}
+
+
+def test_without_a_reference_image_there_is_none_to_search() -> None:
+    """Kontext makes pictures from nothing, too."""
+    pipe = tiny_pipeline("kontext")
+    site = PROBES["kontext"].replace("image", "reference")
+    arguments: dict[str, Any] = {"height": 24, "width": 24, "num_inference_steps": 2, "max_area": 24 * 24, "_auto_resize": False}
+
+    def picture() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt=SAFE[0], output_type="np", generator=generator, max_sequence_length=12, **arguments).images
+
+    expected = picture()
+    with guard(pipe, UVR(anchors=anchors("kontext", NEVER), reference_anchors=anchors("kontext", -NEVER, site=site))) as handle:
+        assert np.array_equal(picture(), expected)
+    assert not handle.records[0].flagged

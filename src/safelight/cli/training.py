@@ -56,7 +56,9 @@ def uvr(
         """What to collect from, and what to calibrate with."""
         if examples is not None:
             given = read_examples(examples)
-            return halves([example for example in given if example.image is not None] if keeping else given)
+            if editing and any(example.image is None for example in given):
+                raise ValueError(f"{examples}: {pipeline} edits pictures, and not every row has one; name it in the column `image`")
+            return halves(given)
         chosen, benign_held_out = domains.split(","), 3 * items_needed(target_fpr)  # so that a few odd ones may be above the threshold
         made = from_testbed(chosen, unsafe=unsafe, benign=benign, editing=editing, keeping=keeping, seed=2 if keeping else 0)
         return made, from_testbed(chosen, unsafe=8, benign=benign_held_out, editing=editing, keeping=keeping, seed=3 if keeping else 1)

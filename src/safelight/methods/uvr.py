@@ -210,6 +210,8 @@ class UVR(Method):
         """Finds unsafe tokens, [batch, tokens, width], and joins them to what was found before."""
         finds, layout = self.finds[site], self._call.layout
         reference = Site.parse(site).stream == "reference"
+        if reference and not layout.reference:  # Kontext also makes pictures from nothing
+            return
         finds.anchors.check_tokens(tokens, layout)
         anchors = finds.anchors = finds.anchors.at(tokens.device)
         maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
