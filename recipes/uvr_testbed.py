@@ -44,9 +44,9 @@ def plan(guards: Mapping[str, UVR]) -> dict[str, tuple[str, str, UVR, tuple[int,
         "generation, substances alone": ("flux", "testbed/substances", substances, FULL),
         "generation, published": ("flux", "testbed/weapons", published, SHORT),
         "generation, published, all steps": ("flux", "testbed/weapons", replace(published, sigma=None, until=1.0), SHORT),
-        "editing": ("kontext", "testbed/edits", kontext, (330, 100, 1)),
-        "editing, published": ("kontext", "testbed/edits", published_edits, (120, 40, 1)),
-        "editing, published, all steps": ("kontext", "testbed/edits", replace(published_edits, sigma=None, until=1.0), (120, 40, 1)),
+        "editing": ("kontext", "testbed/edits", kontext, (300, 100, 1)),
+        "editing, published": ("kontext", "testbed/edits", published_edits, (90, 32, 1)),
+        "editing, published, all steps": ("kontext", "testbed/edits", replace(published_edits, sigma=None, until=1.0), (90, 32, 1)),
     }
 
 
