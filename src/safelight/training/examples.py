@@ -76,7 +76,7 @@ def from_testbed(
 ) -> list[Example]:  # fmt: skip
     """Examples of the testbed's training split, in plain names: so many of each unsafe object, and so many benign ones.
 
-    With `keeping`, all edits keep the object that is in their source.
+    Edits bring the object in; with `keeping`, they keep the one that is in their source, and change something else.
     """
     random = Random(f"examples/{','.join(domains)}/{editing}/{seed}")
     objects = [name for domain in domains for name in DOMAINS[domain]]
@@ -105,9 +105,10 @@ def _draw_scene(random: Random, unsafe: str | None, safe: str = "") -> Example |
 
 
 def _draw_edit(keeping: bool, random: Random, unsafe: str | None, safe: str = "") -> Example | None:
-    """Half of the unsafe ones bring the object in, half keep the one that is there; benign ones do the same with a safe object."""
+    """Brings an object in, or keeps the one that is there."""
     shown, others = unsafe or safe, random.sample([name for name in SAFE if name != safe], 2)
-    keeps, place = keeping or random.random() < 0.5, random.randrange(2)
+    place = random.randrange(2)
+    keeps = keeping or (unsafe is None and random.random() < 0.5)  # benign edits are of all kinds
     operation: Any = random.choice(("replace", "background") if keeps else ("replace", "add"))
     objects: list[str | None] = [shown if keeps else others[0], others[1]]
     target = 1 if keeps else 0  # what is changed
