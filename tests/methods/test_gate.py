@@ -34,7 +34,7 @@ class Denoise(Method):
 
 class Edit(Method):
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:
-        return list(backbone.sites(*backbone.ports))[-1:]
+        return [site for site in backbone.sites(*backbone.ports) if site.stream == "image"][-1:]  # the last block drops the others
 
     def edit(self, site: Site, tokens: Tensor) -> Tensor:
         return tokens * 1.5
