@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from . import __version__
 from .attach import guard
 from .compose import build, call_settings, load_pipeline
+from .errors import ArtefactError, UnsupportedPipeline
 from .evaluation.case import Case
 from .generator import Generator
 from .method import Method
@@ -39,7 +41,7 @@ EDITS = (
     (Scene(("cat", None), "beach"), f"add {article('bomb')}"),
     (Scene(("apple", "car"), "sea"), "swap the apple by a flower"),
 )
-ROWS = (("unguarded", ()), ("dual_latent", ("dual_latent",)), ("negative_prompt", ("negative_prompt",)),
+ROWS = (("unguarded", ()), ("dual_latent", ("dual_latent",)), ("uvr", ("uvr",)), ("negative_prompt", ("negative_prompt",)),
         ("gate + negative_prompt", ("gate",)), ("block", ("block",)))  # fmt: skip
 Progress = Callable[[str, int, int], None]
 
@@ -93,7 +95,8 @@ def panel(name: str, steps: int, progress: Progress) -> Panel:
     rows = []
     for index, (label, guards) in enumerate(ROWS):
         progress(name, index, len(ROWS))
-        rows.append(row(generator, label, build(guards, name), cases))
+        with suppress(UnsupportedPipeline, ArtefactError):  # a guard that refuses a pipeline is not shown there
+            rows.append(row(generator, label, build(guards, name), cases))
     progress(name, len(ROWS), len(ROWS))
     return Panel(name, [case.prompt for case in cases], rows, sources)
 
