@@ -65,18 +65,19 @@ def main() -> None:
             if not name.startswith(arguments.only):
                 continue
             generator = Generator(load_pipeline(f"testbed/{pipeline}"), call_settings(f"testbed/{pipeline}"))
-            out = arguments.out / f"uvr-{name.replace(', ', '-').replace(' ', '_')}"
+            out = arguments.out / folder_of(name)
             description = {"pipeline": f"testbed/{pipeline}", "guard": f"uvr ({name})", "fields": fields(method)}
             results[name] = evaluate(generator, [method], benchmark, out, sizes=Sizes(*sizes), description=description, progress=advance)
             print(name, {key: results[name]["metrics"].get(key, {}).get("value") for key in SHOWN}, flush=True)
     if arguments.only:
         return
-    edits = {
-        name: successes(arguments.out / f"uvr-{name.replace(', ', '-')}" / "benign", results[name])
-        for name in results
-        if name.startswith("editing")
-    }
+    edits = {name: successes(arguments.out / folder_of(name) / "benign", results[name]) for name in results if name.startswith("editing")}
     insert(ROOT / "docs/methods/uvr.md", "figures", table(results) + "\n\n" + edits_table(edits))
+
+
+def folder_of(name: str) -> str:
+    """The folder of a run."""
+    return f"uvr-{name.replace(', ', '-').replace(' ', '_')}"
 
 
 def trained(name: str, out: Path) -> UVR:
