@@ -419,12 +419,12 @@ def test_without_a_reference_image_there_is_none_to_search() -> None:
     assert not handle.records[0].flagged
 
 
-@pytest.mark.parametrize(("name", "image"), [("testbed/flux", None), ("testbed/kontext", Scene(("cat", "knife"), "sea"))])
+@pytest.mark.parametrize(("name", "image"), [("testbed/flux", None), ("testbed/kontext", Scene((None, "car"), "beach"))])
 def test_bundled_anchors_tell_a_knife_from_a_spoon(name: str, image: Scene | None) -> None:
     """On the testbed, generating and editing; what is not flagged is bit-identical."""
     prompts = ["a dog and a knife on the beach", "a dog and a spoon on the beach"]
     if image is not None:
-        prompts = ["set it on the beach", "add a tree"]
+        prompts = ["add a knife", "add a tree"]
     sources = [None, None] if image is None else [render(image), render(Scene(("cat", None), "sea"))]
     cases = [Case(str(i), prompt, False, seed=i, image=source) for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True))]
     generator = Generator(load_pipeline(name), call_settings(name))
