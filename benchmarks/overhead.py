@@ -21,12 +21,18 @@ from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.generator import Generator
 
+BENCHMARKS = {
+    ("benign", False): "testbed/benign", ("unsafe", False): "testbed/weapons",
+    ("benign", True): "testbed/edits-benign", ("unsafe", True): "testbed/edits-unsafe",
+}  # fmt: skip
 ARMS = (
     ("benign", "dual_latent", []),
     ("unsafe", "dual_latent", []),
     ("unsafe", "dual_latent", ["dual_latent.coupling=free"]),
     ("benign", "block", []),
     ("unsafe", "negative_prompt", []),
+    ("benign", "uvr", []),
+    ("unsafe", "uvr", []),
 )
 
 
@@ -36,13 +42,16 @@ def main() -> None:
     parser.add_argument("--pipeline", default="testbed/sd")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--guard", help="measure only this one")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     quiet()
     generator = Generator(load_pipeline(arguments.pipeline), call_settings(arguments.pipeline))
     rows = []
     for kind, name, settings in ARMS:
-        cases = find("testbed/weapons" if kind == "unsafe" else "testbed/benign").cases(arguments.batch)
+        if (arguments.guard or name) != name or (name == "uvr" and arguments.pipeline == "testbed/sd"):  # which it refuses
+            continue
+        cases = find(BENCHMARKS[kind, arguments.pipeline == "testbed/kontext"]).cases(arguments.batch)
         rows.append(
             {"prompts": kind, "guard": name, "settings": settings}
             | measure(generator, build([name], arguments.pipeline, settings), cases, arguments.repeats)
