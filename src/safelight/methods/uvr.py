@@ -272,15 +272,18 @@ class UVR(Method):
         """λ for each class of queries."""
         text, image, reference = (heads.keys.get(stream, slice(0, 0)) for stream in ("text", "image", "reference"))
         factors: Tensor | None = None
-        if self.run.layout.reference:
+        if self.run.layout.reference and (self.boost != 1 or any(image in self.source for image in images)):
             yield Group(heads.queries["reference"], None)
             factors = torch.ones(len(images), heads.key.shape[2], device=heads.key.device)
             factors[:, reference] = self._faded(images)
-            yield Group(heads.queries["text"], factors)
-            factors = factors.clone()
-            factors[:, text] *= self.boost
-            factors[:, image] *= self.boost
-            yield Group(heads.queries["image"], factors)
+            if self.boost == 1:
+                yield Group(slice(heads.queries["text"].start, heads.queries["image"].stop), factors)
+            else:
+                yield Group(heads.queries["text"], factors)
+                factors = factors.clone()
+                factors[:, text] *= self.boost
+                factors[:, image] *= self.boost
+                yield Group(heads.queries["image"], factors)
         if self.text == 1 or not any(image in self.core for image in images):
             return
         tokens, valid = self._chosen(images)
