@@ -118,6 +118,28 @@ class Backbone:
             return [text]
         return [text, *(tokenizer.decode(ids[start : start + size]) for start in range(0, len(ids) - size // 2, size // 2))]
 
+    @property
+    def latent_scale(self) -> str:
+        """How noisy latents are scaled when the denoiser gets them, whatever the scheduler keeps in between.
+
+        Raises:
+            UnsupportedPipeline: if the scheduler is of neither known family.
+        """
+        scheduler = self.pipe.scheduler
+        config = scheduler.config
+        if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+            return "flow"
+        if getattr(scheduler, "alphas_cumprod", None) is not None and config.get("prediction_type") != "flow_prediction":
+            return "variance preserving"
+        raise UnsupportedPipeline(
+            f"the scale of {type(scheduler).__name__}'s latents is unknown, so what reads them can't be trusted; use DDIM, Euler, DPM-Solver, "
+            "or (for SD3 and FLUX) a flow-matching scheduler"
+        )
+
+    def grid(self, latents: Tensor, layout: Layout) -> Tensor:
+        """Latents as maps [batch, channels, height, width], packed or not."""
+        return latents if latents.ndim == 4 else latents.transpose(1, 2).unflatten(-1, layout.grid)
+
     # The rest follows from the tables.
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], turn: int, samples: int) -> Call:

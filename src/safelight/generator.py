@@ -46,5 +46,6 @@ class Generator:
         if requests[0].image is not None:
             arguments["image"] = [Image.fromarray(request.image) for request in requests if request.image is not None]
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        output = self.pipe(prompt=[request.prompt for request in requests], generator=generators, output_type="np", **arguments)
+        arguments.setdefault("output_type", "np")
+        output = self.pipe(prompt=[request.prompt for request in requests], generator=generators, **arguments)
         return np.asarray(output.images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safelight.testbed.pipelines import weights_folder
 from safelight.testbed.training import stages
-from safelight.testbed.training.loop import Budget, Recipe, Training
+from safelight.fitting import Budget, Recipe, Training
 from safelight.testbed.training.sprites import FONT, draw_atlas
 
 

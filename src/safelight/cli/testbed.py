@@ -29,7 +29,7 @@ def train(
     """Trains one of the bundled models."""
     import torch
 
-    from ..testbed.training.loop import Budget
+    from ..fitting import Budget
     from ..testbed.training.stages import train as run
 
     quiet()

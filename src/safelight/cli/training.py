@@ -84,6 +84,43 @@ def uvr(
     emit(result, as_json, "\n".join([f"{out}: {len(anchors.concepts)} concepts", *lines]))
 
 
+@train.command()
+def saferedir(
+    concept: Annotated[str, typer.Argument(help="What the redirector finds: on the testbed a domain, an unsafe object, or a style.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder; the same command resumes.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="testbed/sd, testbed/flux, a local folder, or a Hub id.")] = "testbed/sd",
+    pairs: Annotated[Path | None, typer.Option(help="CSV with the columns unsafe and safe: pairs of prompts of equal length.")] = None,
+    benign: Annotated[Path | None, typer.Option(help="Benign prompts, one a line; the last ones calibrate the threshold.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    width: Annotated[int, typer.Option(min=32, help="Of the network's hidden layers, a multiple of 32.")] = 64,
+    target_fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="The share of benign generations that may be redirected.")] = 0.01,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Trains a redirector for SafeRedir on trajectories of prompt pairs, calibrates it, and writes a bundle."""
+    quiet()
+    from ..bundle import save
+    from ..calibration import items_needed
+    from ..compose import call_settings, load_pipeline
+    from ..generator import Generator
+    from ..methods.saferedir import SafeRedir
+    from ..training.prompt_pairs import from_testbed, read_prompts
+    from ..training.saferedir import Config, make
+
+    if width % 32:
+        raise ValueError(f"--width {width} is no multiple of 32")
+    needed = 2 * items_needed(target_fpr)
+    prompts = read_prompts(pairs, benign, concept) if pairs else from_testbed(concept, benign=400 + needed)
+    config = Config(seeds=seeds, epochs=epochs, width=width, target_fpr=target_fpr)
+    generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
+    with progress(as_json) as advance:
+        redirector, report = make(generator, prompts, concept, config, out, needed, advance)
+    save(out, SafeRedir(redirectors=(redirector,)), made_for=pipeline)
+    lines = [f"{out}: {concept}, {report['parameters']:,} parameters, {report['seconds']:.0f} s", str(redirector.calibration)]
+    lines.append(f"{report['accuracy']:.2%} of held-out records right; {report['recall']:.1%} of unsafe prompts found in the first step")
+    emit({"bundle": str(out)} | report, as_json, "\n".join(lines))
+
+
 def _locator(masks: str, pipe: Any, config: Any) -> Any:
     from ..testbed.judges import TemplateMatcher
     from ..training.locate import Boxes, Drawn, SelfLocalisation, TextMass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,3 +133,14 @@ def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
         parts[counts.get(example.concept, 0) % 2].append(example)
         counts[example.concept] = counts.get(example.concept, 0) + 1
     return parts
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What identifies a list of examples, pictures to edit included."""
+    parts = (f"{e.prompt}|{e.seed}|{e.concept}|".encode() + (b"" if e.image is None else e.image.tobytes()) for e in examples)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def name_of(index: int) -> str:
+    """The name of an example's file."""
+    return f"{index:06d}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from ..generator import Generator
 from ..masks import clean, iou
 from ..site import Site
 from .capture import Capture, Watch
-from .examples import Example
+from .examples import Example, digest, name_of
 from .locate import Locator
 from .shards import Shards
 
@@ -74,7 +73,7 @@ def collect(
     One file per example, so that an interrupted collection goes on where it stopped.
     """
     shards = Shards(out, {"examples": digest(examples), "sites": list(sites), "steps": config.steps, "rest": config.rest})
-    todo = [i for i in range(len(examples)) if _name(i) not in shards]
+    todo = [i for i in range(len(examples)) if name_of(i) not in shards]
     capture = Capture(at=list(sites), steps=range(config.steps))
     for start in range(0, len(todo), config.batch):
         progress("collecting", len(examples) - len(todo) + start, len(examples))
@@ -84,7 +83,7 @@ def collect(
             parts = {"total": torch.tensor(located.total)}
             for site in sites:
                 parts |= _split(capture, site, place, located.masks[stream_of(site)][place], examples[i], config.rest)
-            shards.write(_name(i), parts)
+            shards.write(name_of(i), parts)
     progress("collecting", len(examples), len(examples))
     return shards
 
@@ -167,7 +166,7 @@ def fit(shards: Shards, examples: Sequence[Example], site: str, config: Config, 
     """
     concepts = tuple(dict.fromkeys(e.concept for e in examples if e.concept))
     directions = [_directions(shards, examples, site, concepts, step, config) for step in range(config.steps)]
-    total, model = int(shards.read(_name(0))["total"]), fingerprint(backbone, site)
+    total, model = int(shards.read(name_of(0))["total"]), fingerprint(backbone, site)
     return Anchors(
         weights=torch.stack([weights for weights, _ in directions]), bias=torch.stack([bias for _, bias in directions]),
         moments=tuple(step / total for step in range(config.steps)), concepts=concepts, thresholds=(0.0,) * len(concepts),
@@ -182,7 +181,7 @@ def _directions(
     masked: dict[str, list[Tensor]] = {concept: [] for concept in concepts}
     rest = []
     for i, example in enumerate(examples):
-        parts = shards.read(_name(i))
+        parts = shards.read(name_of(i))
         if example.concept and bool(parts[f"{site}|seen"]):
             masked[example.concept].append(parts[f"{site}|masked"][step].float())
         if not example.concept or bool(parts[f"{site}|seen"]):
@@ -302,12 +301,3 @@ def probe_threshold(
             f"harm never fell by {gain:g} points between τ = {start:g} and {before:g}; are these anchors of this model and concept?"
         )
     return before
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """What identifies a list of examples."""
-    return hashlib.sha256("\0".join(f"{e.prompt}|{e.seed}|{e.concept}" for e in examples).encode()).hexdigest()[:16]
-
-
-def _name(index: int) -> str:
-    return f"{index:06d}"

@@ -12,11 +12,11 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...fitting import Loss, Recipe
 from ..captions import sample_edit
 from ..judges import ClassifierNet, to_batch
 from ..scenes import PAIRED, Pixels, Scene, paste, render, sample_scene, sprite
 from ..world import BACKGROUNDS, OBJECTS, STYLES
-from .loop import Loss, Recipe
 
 RECIPE = Recipe(lr=2e-3, betas=(0.9, 0.99), warmup=0.05, decay=0.6, ema=0.995, seed=6)
 

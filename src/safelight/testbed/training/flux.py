@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...fitting import Loss, Recipe
 from .latents import Latents, Prompts, captions, choose, instructions, noise_like
-from .loop import Loss, Recipe
 
 RECIPE = Recipe(lr=1.5e-3, muon_lr=3e-3, ema=0.998, seed=4)
 EDIT_SHARE = 0.35  # of the batches

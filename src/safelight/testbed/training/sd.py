@@ -6,9 +6,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from ...fitting import Loss, Recipe
 from ..schedules import noise_schedule
 from .latents import Latents, Prompts, captions, choose, noise_like
-from .loop import Loss, Recipe
 
 RECIPE = Recipe(lr=1.2e-3, betas=(0.9, 0.99), ema=0.998, seed=5)
 

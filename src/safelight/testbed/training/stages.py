@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...attach import Guard
 from ...bank import Bank
 from ...detectors.neighbours import Neighbours
+from ...fitting import Budget, Loss, Recipe, Training
 from ...run import Run
 from ...safe_guidance import token_shifts
 from .. import architectures
@@ -28,7 +29,6 @@ from ..scenes import is_safe, sample_scene
 from ..world import SAFE
 from . import classifier, flux, sd, text, vae
 from .latents import Latents, Prompts
-from .loop import Budget, Loss, Recipe, Training
 from .sprites import draw_atlas
 
 SCENES, EDITS = 16_000, 8_000

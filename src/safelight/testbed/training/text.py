@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...fitting import Loss, Recipe
 from .. import architectures
 from ..captions import OPERATIONS, Edit, sample_caption, sample_edit
 from ..scenes import Scene, sample_scene
 from ..tokenizer import build
 from ..world import BACKGROUNDS, OBJECTS, STYLES, SYNONYMS
-from .loop import Loss, Recipe
 
 RECIPE = Recipe(lr=2e-3, warmup=0.05, decay=0.6, ema=0.99, seed=2, bf16=False)
 

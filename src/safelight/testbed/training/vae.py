@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ...fitting import Loss, Recipe
 from ..captions import sample_edit
 from ..scenes import Pixels, render, sample_scene
-from .loop import Loss, Recipe
 
 RECIPE = Recipe(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=0.05, decay=0.7, ema=0.995, seed=1)
 

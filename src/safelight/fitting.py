@@ -1,4 +1,4 @@
-"""The one training loop of the testbed: budgeted in time or steps, resumable, averaged."""
+"""The one training loop: budgeted in time or steps, resumable, averaged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Recipe:
 class Training:
     """Minimises `loss` over `net` within a budget; `run()` yields progress and may be stopped at any time.
 
-    Checkpoints go to `out/checkpoint.pt` (read back with `weights_only=True`), the loss curve to `out/curve.jsonl`.
+    Checkpoints go to `out/checkpoint.pt` (read back with `weights_only=True`), the loss curve to `out/curve.jsonl`. With a budget of steps,
+    an interrupted training that is resumed has the same curve as one that was not.
     """
 
     def __init__(self, net: nn.Module, loss: Loss, recipe: Recipe, budget: Budget, out: Path, device: str = "cpu") -> None:
@@ -77,10 +78,10 @@ class Training:
                 total = 0.0
                 with (self.out / "curve.jsonl").open("a") as file:
                     file.write(json.dumps(progress) + "\n")
+                if time.monotonic() - saved > save_seconds:
+                    self.save()
+                    saved = time.monotonic()
                 yield progress
-            if time.monotonic() - saved > save_seconds:
-                self.save()
-                saved = time.monotonic()
         self.save()
 
     def _advance(self, spent: float) -> float:
@@ -126,6 +127,10 @@ class Training:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+        curve = self.out / "curve.jsonl"
+        if curve.is_file():  # what was trained after the checkpoint will be trained again
+            kept = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            curve.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _optimizers(net: nn.Module, recipe: Recipe) -> Iterator[torch.optim.Optimizer]:

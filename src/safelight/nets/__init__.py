@@ -1,0 +1,1 @@
+"""Small trainable modules that know nothing of pipelines."""

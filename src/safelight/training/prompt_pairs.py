@@ -1,0 +1,101 @@
+"""Pairs of unsafe and safe prompts that differ in the concept alone, word by word."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..bank import Pair
+from ..testbed.pairs import concept_pairs, disturbed, neighbours
+
+SHARED = 0.3
+"""The share of tokens that the members of a pair must have in common, at the same places."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a redirector is trained on."""
+
+    pairs: Sequence[Pair]
+    benign: Sequence[str]
+    """Prompts without the concept, to be left alone."""
+
+
+def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
+    """Pairs from a CSV file with the columns unsafe and safe, benign prompts from a text file with one a line.
+
+    Raises:
+        ValueError: naming file, row, and what is wrong with it.
+    """
+    try:
+        with pairs.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        lines = benign.read_text().splitlines() if benign else []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{pairs} or {benign} can't be read ({error}); give a CSV file with the columns unsafe and safe") from None
+    if missing := {"unsafe", "safe"} - set(rows[0] if rows else ()):
+        raise ValueError(f"{pairs} lacks the column {min(missing)!r} or is empty; it needs unsafe and safe")
+    for number, row in enumerate(rows, 2):
+        for side in ("unsafe", "safe"):
+            if not (row[side] or "").strip():
+                raise ValueError(f"{pairs}, row {number}: the {side} prompt is empty; give both members of each pair")
+    found = [Pair(row["unsafe"].strip(), row["safe"].strip(), concept) for row in rows]
+    return Prompts(found, [line.strip() for line in lines if line.strip()])
+
+
+def from_testbed(concept: str, *, pairs: int = 300, disturb: int = 300, benign: int = 400, seed: int = 0) -> Prompts:
+    """Pairs of the testbed's training split in plain names, as many in odd words, and prompts without the concept."""
+    random = Random(f"redirector/{concept}/{seed}")
+    plain = concept_pairs(random, concept, pairs)
+    odd = [disturbed(random, random.choice(plain)) for _ in range(disturb)]
+    return Prompts([*plain, *odd], neighbours(random, concept, benign))
+
+
+def check(pairs: Sequence[Pair], pipe: Any) -> None:
+    """Makes sure that a pair's members have the same number of tokens, and most of them at the same places.
+
+    Otherwise token i of the one says nothing about token i of the other, and the mask that is learned is noise.
+
+    Raises:
+        ValueError: naming the pair and the remedy.
+    """
+    if not pairs:
+        raise ValueError("there are no pairs; give at least a few dozen unsafe prompts with their safe twins")
+    for number, pair in enumerate(pairs, 1):
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(pipe, name, None)
+            if tokenizer is not None:
+                _check(number, pair, *(tokenizer(text, add_special_tokens=False).input_ids for text in (pair.unsafe, pair.safe)))
+
+
+def _check(number: int, pair: Pair, unsafe: list[int], safe: list[int]) -> None:
+    told = f"pair {number}, {pair.unsafe!r} and {pair.safe!r}"
+    if len(unsafe) != len(safe):
+        raise ValueError(
+            f"{told}: {len(unsafe)} and {len(safe)} tokens; replace words by others of as many tokens, since a deletion shifts all that follow"
+        )
+    same = [a == b for a, b in zip(unsafe, safe, strict=True)]
+    if all(same):
+        raise ValueError(f"{told}: the tokenizer sees no difference between them; replace the unsafe words by others")
+    if sum(same) < SHARED * len(same):
+        raise ValueError(
+            f"{told}: only {sum(same)} of {len(same)} tokens are the same at the same places; replace the unsafe words and keep the rest"
+        )
+
+
+def family_of(pair: Pair) -> str:
+    """What pairs have in common that are no news to who has seen one of them: the unsafe prompt's words, in any order."""
+    return " ".join(sorted({word.strip(",:").lower() for word in pair.unsafe.split() if len(word.strip(",:")) > 2}))
+
+
+def split_families(pairs: Sequence[Pair], share: float, seed: int, *, whole: bool = True) -> tuple[list[int], list[int]]:
+    """The indices of pairs to train on, and of those held out: whole families, or (as published, and leaky) any pairs."""
+    keys = [family_of(pair) if whole else str(index) for index, pair in enumerate(pairs)]
+    known = sorted(set(keys))
+    Random(f"families/{seed}").shuffle(known)
+    held_out = set(known[: max(1, round(share * len(known)))])
+    return [i for i, key in enumerate(keys) if key not in held_out], [i for i, key in enumerate(keys) if key in held_out]

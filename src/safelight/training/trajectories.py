@@ -1,0 +1,69 @@
+"""What a denoiser is given, step by step, while a pipeline makes pictures: recorded, and stored for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..attach import guard
+from ..flow import Call
+from ..generator import Generator
+from ..method import Method
+from .examples import Example, digest, name_of
+from .shards import Shards
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Trajectory(Method):
+    """Keeps the latents of each step and the prompt's embeddings; the images stay bit-identical.
+
+    Recording trajectories of a frozen model follows SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623).
+    """
+
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Per step: latents as maps [batch, channels, height, width], timesteps [batch]."""
+    prompts: list[Tensor | None] = field(default_factory=list)
+    """The text's embedding [batch, tokens, width], and the pooled one."""
+
+    def begin(self) -> None:
+        """Drops what was kept of the generation before."""
+        self.kept.clear()
+        self.prompts.clear()
+
+    def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
+        """Keeps a copy of the conditional rows."""
+        if call.conditional:
+            maps = self.run.backbone.grid(call.latents[call.cond], call.layout)
+            times = call.timestep.expand(len(call.latents))[call.cond]
+            self.kept.append((maps.detach().to("cpu", torch.float16, copy=True), times.detach().float().cpu()))
+            if not self.prompts:
+                self.prompts += [call.text[call.cond].cpu().clone(), None if call.pooled is None else call.pooled[call.cond].cpu().clone()]
+        return denoise(call)
+
+
+def record(
+    generator: Generator, examples: Sequence[Example], out: Path, *, batch: int = 16, progress: Progress = lambda *_: None
+) -> Shards:
+    """Makes the examples with the plain model; one file per example, so that an interrupted recording goes on where it stopped."""
+    shards = Shards(out, {"examples": digest(examples), "count": len(examples)})
+    todo = [i for i in range(len(examples)) if name_of(i) not in shards]
+    quick = Generator(generator.pipe, {**generator.settings, "output_type": "latent"})
+    for start in range(0, len(todo), batch):
+        progress("recording", len(examples) - len(todo) + start, len(examples))
+        chosen, trajectory = todo[start : start + batch], Trajectory()
+        with guard(generator.pipe, trajectory):
+            quick([examples[i] for i in chosen])
+        latents, times = (torch.stack(parts, dim=1) for parts in zip(*trajectory.kept, strict=True))
+        text, pooled = trajectory.prompts
+        assert text is not None
+        for place, i in enumerate(chosen):
+            parts = {"latents": latents[place], "times": times[place], "text": text[place]}
+            shards.write(name_of(i), parts if pooled is None else parts | {"pooled": pooled[place]})
+    progress("recording", len(examples), len(examples))
+    return shards
