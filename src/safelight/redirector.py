@@ -20,7 +20,7 @@ from .calibration import Calibration
 from .errors import ArtefactError
 from .flow import Call
 from .nets.official_redirector import OfficialRedirector
-from .nets.redirector import Reading
+from .nets.redirector import Aim, Judgement
 from .nets.redirector import Redirector as Network
 
 FORMAT = "safelight-redirector/1"
@@ -77,11 +77,16 @@ class Redirector:
                     f"the redirector of {self.concept!r} reads {name.replace('_', ' ')} {wanted}, this model has {value}; {REMEDY}"
                 )
 
-    def read(self, maps: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None) -> Reading:
-        """Reads a batch, in the network's own precision."""
-        parameter = next(self.net.parameters())
-        pooled = pooled.to(parameter) if pooled is not None and self.net.settings.get("pooled_width") else None  # type: ignore[union-attr,operator]
-        return self.net(maps.to(parameter), text.to(parameter), timestep.to(parameter.device), pooled)  # type: ignore[no-any-return]
+    def judge(self, maps: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None) -> Judgement:
+        """Whether a batch is unsafe, in the network's own precision."""
+        own = next(self.net.parameters())
+        wants_pooled = self.net.settings.get("pooled_width")  # type: ignore[union-attr,operator]
+        pooled = pooled.to(own) if pooled is not None and wants_pooled else None
+        return self.net.judge(maps.to(own), text.to(own), timestep.to(own.device), pooled)  # type: ignore[no-any-return,operator]
+
+    def aim(self, judged: Judgement, rows: list[int]) -> Aim:
+        """Where the prompts in some rows of a judgement should go."""
+        return self.net.aim(tuple(feature[rows] for feature in judged.features))  # type: ignore[no-any-return,operator]
 
     def at(self, device: torch.device) -> Redirector:
         """The same on another device."""

@@ -14,7 +14,7 @@ from ..backbone import Backbone
 from ..errors import ArtefactError
 from ..flow import Call
 from ..method import Method
-from ..nets.redirector import Reading, redirect
+from ..nets.redirector import Aim, Judgement, redirect
 from ..redirector import Redirector
 from ..site import Site
 
@@ -22,16 +22,15 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 @dataclass
-class _Sample:
+class _Prompt:
     """What is remembered of one prompt of one image."""
 
     text: Tensor
-    """The prompt as it was given, [tokens, width]."""
+    """As it was given, [tokens, width]."""
     pooled: Tensor | None
-    redirected: Tensor
-    """p̂, [tokens, width]."""
-    redirected_pooled: Tensor | None
-    wait: int
+    moved: tuple[Tensor, Tensor | None] | None = None
+    """p̂ and its pooled companion, once it has been redirected."""
+    wait: int = 0
     """Steps until it is looked at again."""
 
 
@@ -53,6 +52,8 @@ class SafeRedir(Method):
     """s: how far tokens are moved, in units of their norm."""
     cooldown: Annotated[int, Ge(0)] = 2
     """K: so many steps after a redirection are not checked."""
+    interval: Annotated[int, Ge(1)] = 3
+    """A sample that looks safe is looked at again after so many steps (published: 1)."""
     masked: bool = True
     """Whether the mask m scales what each token is moved by (published code: no, it cancels)."""
     adaptive: bool = True
@@ -65,7 +66,16 @@ class SafeRedir(Method):
     @classmethod
     def published(cls, redirectors: Sequence[Redirector]) -> SafeRedir:
         """The behaviour of the released code; also use it with redirectors of the `official` architecture."""
-        return cls(redirectors=tuple(redirectors), threshold=0.5, hold=1.0, alpha_scale=1.5, masked=False, late=True, unconditional=True)
+        return cls(
+            redirectors=tuple(redirectors),
+            threshold=0.5,
+            hold=1.0,
+            interval=1,
+            alpha_scale=1.5,
+            masked=False,
+            late=True,
+            unconditional=True,
+        )
 
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:
         """None; but each redirector must fit the denoiser.
@@ -81,7 +91,8 @@ class SafeRedir(Method):
 
     def begin(self) -> None:
         """Nothing is known yet."""
-        self.samples: dict[int, list[_Sample]] = {}
+        self.known: dict[int, list[_Prompt]] = {}
+        self.latest: tuple[Call, int | None, list[_Prompt]] | None = None
         self.margins: dict[int, float] = {}
         self.calls = 0
         """How often a network was asked."""
@@ -90,117 +101,125 @@ class SafeRedir(Method):
         """Checks the conditional rows, and calls the denoiser with the redirected prompts."""
         if not call.conditional or not self.alpha_scale:
             return denoise(call)
-        states = [self._known(call, row, image) for row, image in enumerate(call.samples)]
+        prompts = self._recall(call)
         if not self.late:
-            self._check(call, states)
-        noise = denoise(self._redirected(call, states))
+            self._check(call, prompts)
+        noise = denoise(self._redirected(call, prompts))
         if self.late:
-            self._check(call, states)
+            self._check(call, prompts)
         return noise
 
-    def _known(self, call: Call, row: int, image: int) -> _Sample | None:
-        """What is remembered of a row: other methods may send an image through with more than one prompt."""
-        text = call.text[call.cond][row]
-        return next((state for state in self.samples.get(image, ()) if torch.equal(state.text, text)), None)
+    def _recall(self, call: Call) -> list[_Prompt]:
+        """What is remembered of each row's prompt; other methods may send an image through with more than one."""
+        if self.latest is not None:
+            before, version, prompts = self.latest
+            if before.text is call.text and before.samples == call.samples and version == _version(call.text):
+                return prompts  # the usual case, without a look at the numbers
+        text, pooled = call.text[call.cond], None if call.pooled is None else call.pooled[call.cond]
+        prompts = []
+        for row, image in enumerate(call.samples):
+            known = self.known.setdefault(image, [])
+            found = next((prompt for prompt in known if torch.equal(prompt.text, text[row])), None)
+            if found is None:
+                found = _Prompt(text[row].clone(), None if pooled is None else pooled[row].clone())
+                known.append(found)
+            prompts.append(found)
+        self.latest = call, _version(call.text), prompts
+        return prompts
 
-    def _check(self, call: Call, states: list[_Sample | None]) -> None:
+    def _check(self, call: Call, prompts: list[_Prompt]) -> None:
         """Asks the networks about every row that is due, and redirects those that look unsafe."""
         due = []
-        for row, (image, state) in enumerate(zip(call.samples, states, strict=True)):
-            if self.confined_to is not None and image not in self.confined_to:
-                continue
-            if state is not None and state.wait:
-                state.wait -= 1
-            else:
-                due.append(row)
+        for row, (image, prompt) in enumerate(zip(call.samples, prompts, strict=True)):
+            if self.confined_to is None or image in self.confined_to:
+                if not prompt.wait:
+                    due.append(row)
+                prompt.wait = max(0, prompt.wait - 1)
         if not due:
             return
-        given = self._inputs(call, due, [states[row] for row in due])
-        readings = [self._read(call, redirector, given, len(due)) for redirector in self.redirectors]
-        risks = torch.stack([reading.unsafe[: len(due)] for reading in readings]).T.tolist()  # the step's one wait for the device
+        again = [row for row in due if prompts[row].moved is not None]
+        given = self._inputs(call, due, again, prompts)
+        judged = [self._judge(call, redirector, given) for redirector in self.redirectors]
+        risks = torch.stack([judgement.unsafe[: len(due)] for judgement in judged]).T.tolist()  # the step's one wait for the device
+        fired = [self._fired(risks[place], again=row in again) for place, row in enumerate(due)]
+        own = [len(due) + again.index(row) if row in again else place for place, row in enumerate(due)]
+        aims = self._aims(judged, dict(zip(own, fired, strict=True)))
         for place, row in enumerate(due):
-            fired = self._fired(risks[place], known=states[row] is not None)
-            self._note_risk(call.samples[row], risks[place], fired)
-            if fired:
-                again = [r for r in due if states[r] is not None]
-                own = len(due) + again.index(row) if states[row] is not None else place
-                states[row] = self._redirect(call, row, states[row], [readings[index].take(slice(own, own + 1)) for index in fired])
+            self._note_risk(call.samples[row], risks[place], fired[place])
+            prompts[row].wait = self.cooldown if fired[place] else self.interval - 1
+            if fired[place]:
+                self._redirect(call.samples[row], prompts[row], [aims[own[place], concept] for concept in fired[place]])
 
-    def _inputs(self, call: Call, due: list[int], states: list[_Sample | None]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _inputs(
+        self, call: Call, due: list[int], again: list[int], prompts: list[_Prompt]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         """What the networks read: rows that are due, with the prompt in use; then, for the redirected ones, with their own prompt again.
 
         Whether they are still unsafe is judged by p̂, where they should go by p; both are read in one go.
         """
-        text, pooled = call.text[call.cond], None if call.pooled is None else call.pooled[call.cond]
-        again = [row for row, state in zip(due, states, strict=True) if state is not None]
         rows = due + again
+        text, pooled = call.text[call.cond][rows], None if call.pooled is None else call.pooled[call.cond][rows]
         maps = self.run.backbone.grid(call.latents[call.cond], call.layout)[rows]
-        times = call.timestep.expand(len(call.latents))[call.cond][rows] if call.timestep.ndim else call.timestep.expand(len(rows))
-        texts, pools = text[rows].clone(), None if pooled is None else pooled[rows].clone()
-        for place, state in enumerate(states):
-            if state is not None:
-                texts[place] = state.redirected
-                if pools is not None and state.redirected_pooled is not None:
-                    pools[place] = state.redirected_pooled
-        return maps, texts, times, pools
+        times = call.timestep.expand(len(call.latents))[call.cond][rows]
+        for place, row in enumerate(due):
+            moved = prompts[row].moved
+            if moved is not None:
+                text[place] = moved[0]
+                if pooled is not None and moved[1] is not None:
+                    pooled[place] = moved[1]
+        return maps, text, times, pooled
 
-    def _read(self, call: Call, redirector: Redirector, given: tuple[Tensor, Tensor, Tensor, Tensor | None], due: int) -> Reading:
+    def _judge(self, call: Call, redirector: Redirector, given: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Judgement:
         redirector.check_call(call, given[0])
         self.calls += 1
-        return redirector.at(call.latents.device).read(*given)
+        return redirector.at(call.latents.device).judge(*given)
 
-    def _fired(self, risks: list[float], *, known: bool) -> list[int]:
+    def _aims(self, judged: list[Judgement], fired: dict[int, list[int]]) -> dict[tuple[int, int], Aim]:
+        """(row of the judgement, concept) -> where that prompt should go."""
+        aims: dict[tuple[int, int], Aim] = {}
+        for concept, (redirector, judgement) in enumerate(zip(self.redirectors, judged, strict=True)):
+            rows = [row for row, found in fired.items() if concept in found]
+            if rows:
+                aim = redirector.at(judgement.logits.device).aim(judgement, rows)
+                aims |= {(row, concept): aim.take(slice(place, place + 1)) for place, row in enumerate(rows)}
+        return aims
+
+    def _fired(self, risks: list[float], *, again: bool) -> list[int]:
         """The concepts found in a row, the surest first."""
-        share = self.hold if known else 1.0
+        share = self.hold if again else 1.0
         found = [index for index, risk in enumerate(risks) if not risk <= share * self._limit(index)]  # NaN is found too
         return sorted(found, key=lambda index: -risks[index])
 
-    def _redirect(self, call: Call, row: int, state: _Sample | None, readings: list[Reading]) -> _Sample:
-        """p̂ of one row, from the original prompt: what one concept takes of a token's way is not left for the next."""
-        image = call.samples[row]
-        text = call.text[call.cond][row]
-        pooled = None if call.pooled is None else call.pooled[call.cond][row]
-        moved, moved_pooled = text, pooled
-        used = torch.zeros_like(text[:, :1])
-        used_pooled = torch.zeros_like(text[0, :1])
-        for reading in readings:
-            strength = self._strength(reading)[0].to(text) * (1 - used)
-            moved = moved + (redirect(text, reading.delta[0].to(text), self.alpha_scale * strength) - text)
-            used = used + strength
-            if pooled is not None and moved_pooled is not None and reading.pooled is not None:
-                direction, distance = (part[0].to(pooled) for part in reading.pooled)
-                share = (distance if self.adaptive else torch.ones_like(distance)) * (1 - used_pooled)
-                moved_pooled = moved_pooled + (redirect(pooled, direction, self.alpha_scale * share) - pooled)
-                used_pooled = used_pooled + share
-        if state is None:
-            state = _Sample(text.clone(), pooled, moved, moved_pooled, self.cooldown)
-            self.samples.setdefault(image, []).append(state)
-        else:
-            state.redirected, state.redirected_pooled, state.wait = moved, moved_pooled, self.cooldown
-        self._note_action(image, float((self.alpha_scale * used).max()))
-        return state
+    def _redirect(self, image: int, prompt: _Prompt, aims: list[Aim]) -> None:
+        """Computes p̂ from the original prompt."""
+        text, used = redirect(prompt.text, [(aim.delta[0], self._strength(aim)[0]) for aim in aims], self.alpha_scale)
+        pooled = prompt.pooled
+        if pooled is not None:
+            ways = [(aim.pooled[0][0], aim.pooled[1][0] ** float(self.adaptive)) for aim in aims if aim.pooled is not None]
+            pooled, _ = redirect(pooled, ways, self.alpha_scale)
+        prompt.moved = text, pooled
+        self._note_action(image, self.alpha_scale * float(used.max()))
 
-    def _strength(self, reading: Reading) -> Tensor:
+    def _strength(self, aim: Aim) -> Tensor:
         """α m, as far as they are in use, [rows, tokens, 1]."""
-        strength = reading.alpha if self.adaptive else torch.ones_like(reading.alpha)
-        return strength * reading.mask[..., None] if self.masked else strength
+        strength = aim.alpha if self.adaptive else torch.ones_like(aim.alpha)
+        return strength * aim.mask[..., None] if self.masked else strength
 
-    def _redirected(self, call: Call, states: list[_Sample | None]) -> Call:
+    def _redirected(self, call: Call, prompts: list[_Prompt]) -> Call:
         """The call with p̂ where there is one; the call itself where there is none."""
-        chosen = [(row, state) for row, state in enumerate(states) if state is not None]
+        chosen = [(row, prompt, prompt.moved) for row, prompt in enumerate(prompts) if prompt.moved is not None]
         if not chosen:
             return call
         text = call.text.clone()
         pooled = None if call.pooled is None else call.pooled.clone()
-        for row, state in chosen:
-            places = [call.cond.start + row]
-            text[places[0]] = state.redirected
-            if pooled is not None and state.redirected_pooled is not None:
-                pooled[places[0]] = state.redirected_pooled
+        for row, prompt, moved in chosen:
+            text[call.cond.start + row] = moved[0]
+            if pooled is not None and moved[1] is not None:
+                pooled[call.cond.start + row] = moved[1]
             if self.unconditional and call.cond.start:
                 own = call.text[row]
-                scale = own.norm(dim=-1, keepdim=True) / state.text.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-                text[row] = own + (state.redirected - state.text) * scale
+                scale = own.norm(dim=-1, keepdim=True) / prompt.text.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+                text[row] = own + (moved[0] - prompt.text) * scale
         return replace(call, text=text, pooled=pooled)
 
     def _limit(self, index: int) -> float:
@@ -211,7 +230,7 @@ class SafeRedir(Method):
         """Fills in the highest risk until the first redirection, relative to its limit."""
         best = fired[0] if fired else max(range(len(risks)), key=lambda index: risks[index] - self._limit(index))
         margin = risks[best] - self._limit(best)
-        if image in self.samples or margin <= self.margins.get(image, -1.0):
+        if self.margins.get(image, -1.0) > 0 or margin <= self.margins.get(image, -1.0):
             return
         self.margins[image] = margin
         concept = self.redirectors[best].concept if fired else None
@@ -224,3 +243,8 @@ class SafeRedir(Method):
         steps = (action.steps[0] if action.steps else first, self.run.total)
         self.note(image, action="redirected", steps=steps, strength=max(strength, action.strength or 0.0))
         self.run.record("redirected", image=image, strength=round(strength, 4))
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; tensors of inference mode don't tell."""
+    return None if tensor.is_inference() else tensor._version

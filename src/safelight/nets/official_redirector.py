@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from .redirector import TIME_WIDTH, Reading, sinusoidal
+from .redirector import TIME_WIDTH, Aim, Judgement, sinusoidal
 
 HIDDEN, TIME, RANK, HEADS = 512, 64, 16, 4
 
@@ -42,15 +42,25 @@ class OfficialRedirector(nn.Module):
         self.mask_predictor = _Mask(text_width)
         self.alpha_predictor = _Alpha(text_width)
 
-    def forward(self, latents: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None = None) -> Reading:
+    def judge(self, latents: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None = None) -> Judgement:
         """Reads a batch: latents [batch, channels, height, width], text [batch, tokens, text_width], timestep [batch]."""
         joint = torch.cat([self.latent_encoder(latents), self.t_encoder(sinusoidal(timestep, TIME_WIDTH).to(latents))], dim=1)
         attended = self.cross_attn(joint, text)
         logits = self.classifier(torch.cat([joint, text.mean(dim=1), attended], dim=1))
-        common = self.delta_head(self.token_proj(torch.cat([joint, attended], dim=-1)))[:, None]  # one direction for all tokens
+        return Judgement(logits, (text, torch.cat([joint, attended], dim=-1)))
+
+    def aim(self, features: tuple[Tensor, ...]) -> Aim:
+        """Where the tokens should go: all in one direction, as released."""
+        text, around = features
+        common = self.delta_head(self.token_proj(around))[:, None]
         gate = self.gate_linear(text + self.pos_embed).sigmoid()
         mask = self.mask_predictor(text)
-        return Reading(logits, common * gate * mask[..., None], mask, self.alpha_predictor(text))
+        return Aim(common * gate * mask[..., None], mask, self.alpha_predictor(text))
+
+    def forward(self, latents: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Aim]:
+        """Logits and aim, for training."""
+        judged = self.judge(latents, text, timestep, pooled)
+        return judged.logits, self.aim(judged.features)
 
 
 class _Block(nn.Module):

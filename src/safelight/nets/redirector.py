@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,25 @@ from torch.nn.functional import normalize, silu
 TIME_WIDTH, TIME_PERIOD = 320, 10_000.0
 
 
-class Reading(NamedTuple):
-    """What a network makes of a batch of prompts and of what they have led to so far."""
+class Judgement(NamedTuple):
+    """Whether a batch of prompts, with what they have led to so far, is unsafe."""
 
     logits: Tensor
     """Safe, unsafe: [batch, 2]."""
+    features: tuple[Tensor, ...]
+    """What `aim` needs, each [batch, ...]."""
+
+    @property
+    def unsafe(self) -> Tensor:
+        """The probability of being unsafe, in single precision, [batch]."""
+        return self.logits.float().softmax(-1)[:, 1]
+
+
+class Aim(NamedTuple):
+    """Where the tokens of prompts should go."""
+
     delta: Tensor
-    """Where each token of the prompt should go, [batch, tokens, width]; only the direction counts."""
+    """The way of each token, [batch, tokens, width]; only its direction counts."""
     mask: Tensor
     """Which tokens carry the concept, 0..1, [batch, tokens]."""
     alpha: Tensor
@@ -27,22 +40,18 @@ class Reading(NamedTuple):
     pooled: tuple[Tensor, Tensor] | None = None
     """The same for the pooled embedding: direction [batch, width], and how far [batch, 1]."""
 
-    @property
-    def unsafe(self) -> Tensor:
-        """The probability of being unsafe, in single precision, [batch]."""
-        return self.logits.float().softmax(-1)[:, 1]
-
-    def take(self, rows: slice) -> Reading:
+    def take(self, rows: Any) -> Aim:
         """Some rows only."""
         pooled = None if self.pooled is None else (self.pooled[0][rows], self.pooled[1][rows])
-        return Reading(self.logits[rows], self.delta[rows], self.mask[rows], self.alpha[rows], pooled)
+        return Aim(self.delta[rows], self.mask[rows], self.alpha[rows], pooled)
 
 
 class Redirector(nn.Module):
     """Watches latents, timestep and prompt; tells whether they are unsafe, and where each token should go.
 
     SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623), section 3, less the defects of its released code: the embedding of
-    each token is fed to its own delta, normalisation doesn't depend on the batch, positions are sinusoidal and so of any length.
+    each token is fed to its own delta, normalisation doesn't depend on the batch, positions are sinusoidal and so of any length. The
+    classifier also gets the strongest evidence of any single token.
     """
 
     def __init__(
@@ -78,7 +87,8 @@ class Redirector(nn.Module):
         self.query = nn.Linear(joint, text_width)
         self.attention = nn.MultiheadAttention(text_width, heads, batch_first=True)
         self.attention_norm = nn.LayerNorm(text_width)
-        seen = joint + 2 * text_width + pooled_width
+        self.evidence = nn.Sequential(nn.Linear(text_width, width), nn.ReLU())
+        seen = joint + 2 * text_width + width + pooled_width
         self.classifier = nn.Sequential(nn.Linear(seen, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2))
         self.delta = nn.Sequential(
             nn.Linear(joint + 2 * text_width, 2 * width),
@@ -91,8 +101,8 @@ class Redirector(nn.Module):
         self.alpha = nn.Sequential(nn.Linear(text_width, width), nn.ReLU(), nn.Linear(width, 1))
         self.pooled = nn.Sequential(nn.Linear(seen, 2 * width), nn.ReLU(), nn.Linear(2 * width, pooled_width + 1)) if pooled_width else None
 
-    def forward(self, latents: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None = None) -> Reading:
-        """Reads a batch.
+    def judge(self, latents: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None = None) -> Judgement:
+        """Reads a batch. Most of them are safe, and need no aim.
 
         Args:
             latents: [batch, channels, height, width], as the denoiser gets them.
@@ -102,24 +112,52 @@ class Redirector(nn.Module):
         """
         joint = torch.cat([self.latent_encoder(latents), self.time_encoder(sinusoidal(timestep, TIME_WIDTH).to(latents))], dim=-1)
         tokens = self.prompt_norm(text)
+        mean = tokens.mean(1)
         attended, _ = self.attention(self.query(joint)[:, None], tokens, tokens, need_weights=False)
-        attended = self.attention_norm(attended[:, 0] + tokens.mean(1))
+        attended = self.attention_norm(attended[:, 0] + mean)
         extra = [] if self.pooled is None or pooled is None else [pooled]
-        seen = torch.cat([joint, tokens.mean(1), attended, *extra], dim=-1)
-        placed = tokens + sinusoidal(torch.arange(text.shape[1], device=text.device), text.shape[2]).to(tokens)
+        strongest = self.evidence(tokens).amax(1)  # one token is enough to make a prompt unsafe, whatever the others say
+        seen = torch.cat([joint, mean, attended, strongest, *extra], dim=-1)
+        return Judgement(self.classifier(seen), (tokens, torch.cat([joint, attended], dim=-1), seen))
+
+    def aim(self, features: tuple[Tensor, ...]) -> Aim:
+        """Where the tokens should go, from a judgement's features."""
+        tokens, around, seen = features
+        length, width = tokens.shape[1:]
+        placed = tokens + sinusoidal(torch.arange(length, device=tokens.device), width).to(tokens)
         context, _ = self.context(placed, placed, placed, need_weights=False)
-        around = torch.cat([joint, attended], dim=-1)[:, None].expand(-1, text.shape[1], -1)
         mask = self.mask(torch.cat([tokens, context], dim=-1))[..., 0].sigmoid()
+        delta = self.delta(torch.cat([around[:, None].expand(-1, length, -1), tokens], dim=-1))
         moved = None
         if self.pooled is not None:
             wanted = self.pooled(seen)
             moved = wanted[:, :-1], wanted[:, -1:].sigmoid()
-        return Reading(self.classifier(seen), self.delta(torch.cat([around, tokens], dim=-1)), mask, self.alpha(placed).sigmoid(), moved)
+        return Aim(delta, mask, self.alpha(placed).sigmoid(), moved)
+
+    def forward(self, latents: Tensor, text: Tensor, timestep: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Aim]:
+        """Logits and aim, for training."""
+        judged = self.judge(latents, text, timestep, pooled)
+        return judged.logits, self.aim(judged.features)
 
 
-def redirect(embedding: Tensor, delta: Tensor, strength: Tensor) -> Tensor:
-    """P + strength ⊙ Δ/‖Δ‖ ⊙ ‖p‖: each embedding [..., width] is moved by at most `strength` [..., 1] of its norm."""
-    return embedding + strength * normalize(delta.float(), dim=-1).to(embedding.dtype) * embedding.norm(dim=-1, keepdim=True)
+def redirect(embedding: Tensor, ways: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
+    """P + s · strength ⊙ Δ/‖Δ‖ ⊙ ‖p‖, for one concept or several.
+
+    What one concept takes of an embedding's strength is not left for the next, so that none is moved by more than s times its norm.
+
+    Args:
+        embedding: p, [..., width].
+        ways: per concept, the most important first: Δ [..., width] and strength [..., 1] in 0..1.
+        scale: s.
+
+    Returns:
+        The redirected embedding, and the strength used up, [..., 1].
+    """
+    norm, moved, used = embedding.norm(dim=-1, keepdim=True), embedding, torch.zeros_like(embedding[..., :1])
+    for delta, strength in ways:
+        share = strength.to(embedding) * (1 - used)
+        moved, used = moved + scale * share * normalize(delta.float(), dim=-1).to(embedding) * norm, used + share
+    return moved, used
 
 
 def sinusoidal(positions: Tensor, width: int) -> Tensor:

@@ -47,7 +47,7 @@ def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
     return Prompts(found, [line.strip() for line in lines if line.strip()])
 
 
-def from_testbed(concept: str, *, pairs: int = 300, disturb: int = 300, benign: int = 400, seed: int = 0) -> Prompts:
+def from_testbed(concept: str, *, pairs: int = 600, disturb: int = 200, benign: int = 400, seed: int = 0) -> Prompts:
     """Pairs of the testbed's training split in plain names, as many in odd words, and prompts without the concept."""
     random = Random(f"redirector/{concept}/{seed}")
     plain = concept_pairs(random, concept, pairs)

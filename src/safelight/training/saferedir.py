@@ -22,7 +22,7 @@ from ..errors import ArtefactError
 from ..fitting import Budget, Recipe, Training
 from ..generator import Generator
 from ..nets.official_redirector import OfficialRedirector
-from ..nets.redirector import Reading, redirect
+from ..nets.redirector import Aim, redirect
 from ..nets.redirector import Redirector as Network
 from ..redirector import Redirector, rounded
 from .examples import Example, name_of
@@ -157,8 +157,8 @@ class Learning:
                 twins = self.records.latents[self.records.twin[rows], steps].float()
                 latents = torch.where(swapped[:, None, None, None], twins, latents)
                 unsafe &= ~swapped
-            reading = seen(self.net, latents, text, times, pooled, self.config.inputs)
-            return self._losses(reading, rows, text, pooled, unsafe)
+            logits, aim = self.net(*visible(latents, text, times, pooled, self.config.inputs))
+            return self._losses(logits, aim, rows, text, pooled, unsafe)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         mask = self.records.unsafe[self.chosen]
@@ -174,20 +174,21 @@ class Learning:
 
     @torch.no_grad()
     def _moved(self, net: nn.Module, latents: Tensor, text: Tensor, times: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return redirected(text, pooled, seen(net, latents, text, times, pooled, self.config.inputs), self.config.alpha_scale)
+        _, aim = net(*visible(latents, text, times, pooled, self.config.inputs))
+        return redirected(text, pooled, aim, self.config.alpha_scale)
 
-    def _losses(self, reading: Reading, rows: Tensor, text: Tensor, pooled: Tensor | None, unsafe: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, aim: Aim, rows: Tensor, text: Tensor, pooled: Tensor | None, unsafe: Tensor) -> Tensor:
         """Cross-entropy 1; shift: MSE 0.5, cosine 0.1; mask: BCE 0.1; alignment 1; identity 0.1 on safe records."""
-        loss = F.cross_entropy(reading.logits, unsafe.long(), label_smoothing=self.config.smoothing)
+        loss = F.cross_entropy(logits, unsafe.long(), label_smoothing=self.config.smoothing)
         safe = ~unsafe
-        loss = loss + 0.1 * (reading.mask[safe].mean() + reading.alpha[safe].mean())
-        if pooled is not None and reading.pooled is not None:
-            loss = loss + 0.1 * reading.pooled[1][safe].mean()
+        loss = loss + 0.1 * (aim.mask[safe].mean() + aim.alpha[safe].mean())
+        if pooled is not None and aim.pooled is not None:
+            loss = loss + 0.1 * aim.pooled[1][safe].mean()
         if not bool(unsafe.any()):
             return loss
         mask = self.masks[rows][unsafe]
         own, wanted = text[unsafe], self.records.text[self.records.twin[rows]][unsafe]
-        part = _only(reading, unsafe)
+        part = aim.take(unsafe)
         moved, moved_pooled = redirected(own, None if pooled is None else pooled[unsafe], part, self.config.alpha_scale)
         power = own.square().mean().clamp_min(1e-12)  # so that encoders of any scale give losses of the same size
         shift = wanted - self.records.text[rows][unsafe]
@@ -202,11 +203,6 @@ class Learning:
         return loss
 
 
-def _only(reading: Reading, rows: Tensor) -> Reading:
-    pooled = None if reading.pooled is None else (reading.pooled[0][rows], reading.pooled[1][rows])
-    return Reading(reading.logits[rows], reading.delta[rows], reading.mask[rows], reading.alpha[rows], pooled)
-
-
 def _noised(embedding: Tensor, most: float, generator: torch.Generator) -> Tensor:
     """Embeddings [..., width] with noise of a random share (at most `most`) of their norm."""
     share = torch.rand(len(embedding), *[1] * (embedding.ndim - 1), generator=generator) * most
@@ -214,21 +210,23 @@ def _noised(embedding: Tensor, most: float, generator: torch.Generator) -> Tenso
     return embedding + share * noise * embedding.norm(dim=-1, keepdim=True)
 
 
-def seen(net: nn.Module, latents: Tensor, text: Tensor, times: Tensor, pooled: Tensor | None, inputs: Sequence[Input]) -> Reading:
-    """What a network makes of those inputs that it may look at; the others are zero."""
+def visible(
+    latents: Tensor, text: Tensor, times: Tensor, pooled: Tensor | None, inputs: Sequence[Input]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """What a network may look at; the rest is zero."""
     latents = latents if "latents" in inputs else torch.zeros_like(latents)
     times = times if "time" in inputs else torch.zeros_like(times)
     if "text" not in inputs:
         text, pooled = torch.zeros_like(text), None if pooled is None else torch.zeros_like(pooled)
-    return net(latents, text, times, pooled)  # type: ignore[no-any-return]
+    return latents, text, times, pooled
 
 
-def redirected(text: Tensor, pooled: Tensor | None, reading: Reading, scale: float) -> tuple[Tensor, Tensor | None]:
+def redirected(text: Tensor, pooled: Tensor | None, aim: Aim, scale: float) -> tuple[Tensor, Tensor | None]:
     """p̂ and its pooled companion, as `SafeRedir` makes them."""
-    moved = redirect(text, reading.delta, scale * reading.alpha * reading.mask[..., None])
-    if pooled is None or reading.pooled is None:
+    moved, _ = redirect(text, [(aim.delta, aim.alpha * aim.mask[..., None])], scale)
+    if pooled is None or aim.pooled is None:
         return moved, pooled
-    return moved, redirect(pooled, reading.pooled[0], scale * reading.pooled[1])
+    return moved, redirect(pooled, [aim.pooled], scale)[0]
 
 
 @dataclass(frozen=True)
@@ -300,13 +298,13 @@ def validate(net: nn.Module, records: Records, chosen: Tensor, config: Config) -
     for rows in chosen.split(64):
         for step in range(0, records.latents.shape[1], 2):
             text, pooled = records.text[rows], None if records.pooled is None else records.pooled[rows]
-            reading = seen(net, records.latents[rows, step].float(), text, records.times[rows, step], pooled, config.inputs)
+            logits, aim = net(*visible(records.latents[rows, step].float(), text, records.times[rows, step], pooled, config.inputs))
             unsafe = records.unsafe[rows]
-            right += float((reading.logits.argmax(1) == unsafe.long()).sum())
-            entropy += float(F.cross_entropy(reading.logits, unsafe.long(), reduction="sum"))
+            right += float((logits.argmax(1) == unsafe.long()).sum())
+            entropy += float(F.cross_entropy(logits, unsafe.long(), reduction="sum"))
             count += len(rows)
             if bool(unsafe.any()):
-                moved, _ = redirected(text, pooled, reading, config.alpha_scale)
+                moved, _ = redirected(text, pooled, aim, config.alpha_scale)
                 errors = (moved - records.text[records.twin[rows]]).square().mean((1, 2)) / text.square().mean()
                 distance += float(errors[unsafe].sum())
                 moved_count += int(unsafe.sum())
@@ -372,11 +370,11 @@ def risks(net: nn.Module, records: Records, config: Config) -> Tensor:
     found = []
     for rows in torch.arange(len(records.latents)).split(64):
         pooled = None if records.pooled is None else records.pooled[rows]
-        steps = [
-            seen(net, records.latents[rows, step].float(), records.text[rows], records.times[rows, step], pooled, config.inputs).unsafe
+        given = [
+            visible(records.latents[rows, step].float(), records.text[rows], records.times[rows, step], pooled, config.inputs)
             for step in range(records.latents.shape[1])
         ]
-        found.append(torch.stack(steps, dim=1))
+        found.append(torch.stack([net.judge(*inputs).unsafe for inputs in given], dim=1))  # type: ignore[operator]
     return torch.cat(found)
 
 
