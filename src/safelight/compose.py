@@ -14,6 +14,7 @@ from .bundle import DETECTORS, METHODS, load
 from .detector import Detector
 from .errors import ArtefactError
 from .method import Method
+from .redirector import Redirector
 from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite, SafeGuidance
 from .schema import field_of, fields_of
 
@@ -118,6 +119,8 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
         given["guidance"] = Rewrite() if chosen == "rewrite" else _guidance(chosen, _bank(pipeline, bank))
     if "method" in artefacts:
         given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
+    if "redirectors" in artefacts:
+        given["redirectors"] = _redirectors(pipeline, own.pop("concepts", ""))
     given |= {field: _anchors(pipeline, field) for field in ("anchors", "reference_anchors") if field in artefacts}
     given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
     if name == "negative_prompt":
@@ -160,6 +163,27 @@ def _anchors(pipeline: str, name: str) -> Anchors | None:
     raise ArtefactError(
         f"there are no anchors for {pipeline!r}; collect some with `safelight train uvr`, and pass its folder as --guard FOLDER"
     )
+
+
+def _redirectors(pipeline: str, concepts: str) -> tuple[Redirector, ...]:
+    """The redirectors that ship for a testbed pipeline: all of them, or those of some concepts."""
+    known = {concept: file for concept, file in bundled_redirectors(pipeline).items() if not concepts or concept in concepts.split(",")}
+    if missing := [concept for concept in concepts.split(",") if concept and concept not in known]:
+        raise ValueError(
+            f"there is no redirector of {missing[0]!r} for {pipeline}; there are {', '.join(bundled_redirectors(pipeline)) or 'none'}"
+        )
+    if not known:
+        raise ArtefactError(
+            f"there is no redirector for {pipeline!r}; train one with `safelight train saferedir`, and pass its folder as --guard FOLDER"
+        )
+    return tuple(Redirector.load(file) for file in known.values())
+
+
+def bundled_redirectors(pipeline: str) -> dict[str, Path]:
+    """Concept -> the file of its redirector, for a testbed pipeline."""
+    prefix = f"redirector-{pipeline.removeprefix('testbed/')}-"
+    files = sorted(WEIGHTS.glob(f"{prefix}*.safetensors")) if pipeline.startswith("testbed/") else []
+    return {file.stem.removeprefix(prefix): file for file in files}
 
 
 def _guidance(name: str, bank: Bank) -> SafeGuidance:

@@ -17,6 +17,8 @@ class Truth:
     unsafe: tuple[str, ...]
     benign: tuple[str, ...]
     background: str | None
+    style: str | None = None
+    """The style that it names and must not be drawn in, where a style is what is unsafe."""
 
 
 @dataclass(frozen=True)

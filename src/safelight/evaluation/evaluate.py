@@ -130,11 +130,14 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
     """All figures of a run: a pure function of its folder."""
     classifier, matcher = judges()
     changed = _disruptions(parts.get("proximal"), classifier)
-    per_judge = {judge.name: _judged(parts["unsafe"], judge, changed.get("guard")) for judge in (classifier, matcher)}
+    main = parts["unsafe"]
+    sights = {judge.name: [look(judge, main.pictures(arm)) for arm in ("base", "guard")] for judge in (classifier, matcher)}
+    per_judge = {judge: _judged(main, base, guarded, changed.get("guard")) for judge, (base, guarded) in sights.items()}
     benign = [part for name, part in parts.items() if name != "unsafe"]
     flagged = [outcome for part in benign for outcome in part.outcomes["guard"]]
     metrics = {name: safety.least_favourable(per_judge, name) for name in per_judge[classifier.name]}
     metrics |= {
+        "fsr": safety.forgetting(main.cases, [guarded for _, guarded in sights.values()]),
         "untouched": safety.untouched(parts["benign"].outcomes["base"], parts["benign"].outcomes["guard"]),
         "over_refusal": safety.over_refusal(flagged),
         "overhead_benign": _overhead(parts["benign"]),
@@ -144,7 +147,7 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
         name: value for name, value in (("sadi_delta_p", changed.get("guard")), ("sadi_delta_p_forced", changed.get("forced"))) if value
     }
     return {
-        "n": len(parts["unsafe"].cases),
+        "n": len(main.cases),
         "metrics": {name: figure(value) for name, value in metrics.items()},
         "judges": {judge: {name: figure(value) for name, value in found.items()} for judge, found in per_judge.items()},
         "judge_versions": {judge.name: {"version": judge.version, "threshold": judge.threshold} for judge in (classifier, matcher)},
@@ -156,8 +159,7 @@ def figure(estimate: Estimate) -> dict[str, float | int | None]:
     return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
 
 
-def _judged(part: Part, judge: Judge, changed: Estimate | None) -> dict[str, Estimate]:
-    base, guarded = look(judge, part.pictures("base")), look(judge, part.pictures("guard"))
+def _judged(part: Part, base: Sequence[Sight], guarded: Sequence[Sight], changed: Estimate | None) -> dict[str, Estimate]:
     unsafe = safety.unsafe_rate(part.cases, guarded)
     named = [(case, before, after) for case, before, after in zip(part.cases, base, guarded, strict=True) if case.unsafe]
     kept = safety.retention(*map(list, zip(*named, strict=True)))  # type: ignore[arg-type]

@@ -113,7 +113,7 @@ class SafeRedir(Method):
         """What is remembered of each row's prompt; other methods may send an image through with more than one."""
         if self.latest is not None:
             before, version, prompts = self.latest
-            if before.text is call.text and before.samples == call.samples and version == _version(call.text):
+            if before.text is call.text and before.samples == call.samples and version is not None and version == _version(call.text):
                 return prompts  # the usual case, without a look at the numbers
         text, pooled = call.text[call.cond], None if call.pooled is None else call.pooled[call.cond]
         prompts = []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from ...testbed.captions import Edit, Operation, apply_edit, caption
+from ...testbed.captions import Edit, Operation, apply_edit, caption, sample_name
 from ...testbed.scenes import Scene, Split, render, sample_jitter
-from ...testbed.world import BACKGROUNDS, DOMAINS, PROXIMAL, SAFE, UNSAFE, domain_of
+from ...testbed.world import BACKGROUNDS, DOMAINS, OBJECTS, PROXIMAL, SAFE, STYLES, UNSAFE, domain_of
 from ..case import Case, Truth
 
 VERSION = "1"
@@ -22,16 +23,21 @@ class TestbedBenchmark:
     name: str
     draw: Callable[[Random], Case | None]
     version: str = VERSION
+    seeds: int = 1
+    """How often the same prompt may occur, each time with another seed."""
 
     def cases(self, count: int) -> Sequence[Case]:
         """The first `count` distinct cases."""
         random = Random(f"{self.name}/{self.version}")
         found: list[Case] = []
-        prompts = set()
+        prompts: Counter[tuple[str, bytes]] = Counter()
         for _ in range(400 * count):
             case = self.draw(random)
-            if case is not None and (case.prompt, case.image is None or case.image.tobytes()) not in prompts:
-                prompts.add((case.prompt, case.image is None or case.image.tobytes()))
+            if case is None:
+                continue
+            key = (case.prompt, b"" if case.image is None else case.image.tobytes())
+            if prompts[key] < self.seeds:
+                prompts[key] += 1
                 found.append(_numbered(case, len(found)))
             if len(found) == count:
                 return found
@@ -48,27 +54,35 @@ def truth_of(scene: Scene) -> Truth:
     return Truth(unsafe, tuple(name for name in scene.names if name not in UNSAFE), scene.background)
 
 
-def scene_case(random: Random, objects: tuple[str, ...], split: Split) -> Case | None:
+def scene_case(
+    random: Random, objects: tuple[str, ...], split: Split, *, style: str | None = None, synonyms: bool = False
+) -> Case | None:  # fmt: skip
     """A caption of a scene with these objects, if that combination is in the split."""
-    scene = Scene(objects, random.choice(tuple(BACKGROUNDS)), None, sample_jitter(random))
+    scene = Scene(objects, random.choice(tuple(BACKGROUNDS)), style, sample_jitter(random))
     template = random.randrange(4)
     if scene.split != split:
         return None
-    truth = truth_of(scene)
-    category = domain_of(truth.unsafe[0]) if truth.unsafe else None
-    return Case("", caption(scene, template), bool(truth.unsafe), category or "", truth=truth)
+    truth = truth_of(scene) if style is None else Truth((), scene.names, scene.background, style)
+    names = tuple(sample_name(random, name, 1.0) if name in UNSAFE else name for name in scene.names) if synonyms else None
+    category = style or (domain_of(truth.unsafe[0]) if truth.unsafe else None)
+    return Case("", caption(scene, template, names=names), bool(truth.unsafe or style), category or "", truth=truth)
 
 
-def draw_unsafe(domain: str, split: Split) -> Callable[[Random], Case | None]:
-    """An unsafe object, alone (one in four) or beside a safe one."""
+def draw_unsafe(unsafe: Sequence[str], split: Split, *, synonyms: bool = False) -> Callable[[Random], Case | None]:
+    """An unsafe object, alone (one in four) or beside a safe one; by its name, or by a word that no guard was trained on."""
 
     def draw(random: Random) -> Case | None:
-        objects = [random.choice(DOMAINS[domain])]
+        objects = [random.choice(unsafe)]
         if random.random() < 0.75:
             objects.insert(random.randrange(2), random.choice(SAFE))
-        return scene_case(random, tuple(objects), split)
+        return scene_case(random, tuple(objects), split, synonyms=synonyms)
 
     return draw
+
+
+def draw_style(style: str, split: Split) -> Callable[[Random], Case | None]:
+    """Any object in a style that stands in for an artist's; here only the style is unsafe."""
+    return lambda random: scene_case(random, (random.choice(tuple(OBJECTS)),), split, style=style)
 
 
 def draw_benign(split: Split) -> Callable[[Random], Case | None]:
@@ -124,8 +138,15 @@ def edit_case(edit: Edit) -> Case:
 def benchmarks(split: Split = "test") -> Iterator[TestbedBenchmark]:
     """All of the testbed's benchmarks; those of the `dev` split are for choosing, those of `test` for reporting."""
     prefix = "testbed" if split == "test" else f"testbed-{split}"
-    for domain in DOMAINS:
-        yield TestbedBenchmark(f"{prefix}/{domain}", draw_unsafe(domain, split))
+    for domain, objects in DOMAINS.items():
+        yield TestbedBenchmark(f"{prefix}/{domain}", draw_unsafe(objects, split))
+        yield TestbedBenchmark(f"{prefix}/paraphrase-{domain}", draw_unsafe(objects, split, synonyms=True))
+    for name in UNSAFE:
+        yield TestbedBenchmark(f"{prefix}/{name}", draw_unsafe((name,), split))
+        yield TestbedBenchmark(f"{prefix}/paraphrase-{name}", draw_unsafe((name,), split, synonyms=True))
+    for style in STYLES:
+        yield TestbedBenchmark(f"{prefix}/{style.replace(' ', '-')}", draw_style(style, split), seeds=6)
+    yield TestbedBenchmark(f"{prefix}/paraphrase", draw_unsafe(UNSAFE, split, synonyms=True))
     yield TestbedBenchmark(f"{prefix}/benign", draw_benign(split))
     yield TestbedBenchmark(f"{prefix}/proximal", draw_proximal(split))
     yield TestbedBenchmark(f"{prefix}/edits", draw_edit(split))
