@@ -12,6 +12,7 @@ from typing import Any
 from ..bank import Pair
 from ..testbed.pairs import concept_pairs, disturbed, neighbours
 
+FILLERS = frozenset("a an the and or of on in at to by with it is picture photo image scene".split())
 SHARED = 0.3
 """The share of tokens that the members of a pair must have in common, at the same places."""
 
@@ -88,8 +89,9 @@ def _check(number: int, pair: Pair, unsafe: list[int], safe: list[int]) -> None:
 
 
 def family_of(pair: Pair) -> str:
-    """What pairs have in common that are no news to who has seen one of them: the unsafe prompt's words, in any order."""
-    return " ".join(sorted({word.strip(",:").lower() for word in pair.unsafe.split() if len(word.strip(",:")) > 2}))
+    """What pairs have in common that are no news to who has seen one of them: the words of the unsafe prompt that say something."""
+    words = {word.strip(",:;.").lower() for word in pair.unsafe.split()}
+    return " ".join(sorted(words - FILLERS))
 
 
 def split_families(pairs: Sequence[Pair], share: float, seed: int, *, whole: bool = True) -> tuple[list[int], list[int]]:

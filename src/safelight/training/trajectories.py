@@ -52,11 +52,12 @@ def record(
 ) -> Shards:
     """Makes the examples with the plain model; one file per example, so that an interrupted recording goes on where it stopped."""
     shards = Shards(out, {"examples": digest(examples), "count": len(examples)})
-    todo = [i for i in range(len(examples)) if name_of(i) not in shards]
     quick = Generator(generator.pipe, {**generator.settings, "output_type": "latent"})
-    for start in range(0, len(todo), batch):
-        progress("recording", len(examples) - len(todo) + start, len(examples))
-        chosen, trajectory = todo[start : start + batch], Trajectory()
+    for start in range(0, len(examples), batch):
+        progress("recording", start, len(examples))
+        chosen, trajectory = range(start, min(start + batch, len(examples))), Trajectory()
+        if all(name_of(i) in shards for i in chosen):
+            continue  # batches are made whole: in another company, the last bit of a row may differ
         with guard(generator.pipe, trajectory):
             quick([examples[i] for i in chosen])
         latents, times = (torch.stack(parts, dim=1) for parts in zip(*trajectory.kept, strict=True))
