@@ -33,7 +33,11 @@ ARMS = (
     ("unsafe", "negative_prompt", []),
     ("benign", "uvr", []),
     ("unsafe", "uvr", []),
+    ("benign", "saferedir", ["saferedir.concepts=weapons"]),
+    ("unsafe", "saferedir", ["saferedir.concepts=weapons"]),
 )
+IMPOSSIBLE = {("uvr", "testbed/sd"), ("saferedir", "testbed/kontext")}
+"""UVR refuses U-Nets, and no redirector for editing ships."""
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
     generator = Generator(load_pipeline(arguments.pipeline), call_settings(arguments.pipeline))
     rows = []
     for kind, name, settings in ARMS:
-        if (arguments.guard or name) != name or (name == "uvr" and arguments.pipeline == "testbed/sd"):  # which it refuses
+        if (arguments.guard or name) != name or (name, arguments.pipeline) in IMPOSSIBLE:
             continue
         cases = find(BENCHMARKS[kind, arguments.pipeline == "testbed/kontext"]).cases(arguments.batch)
         rows.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -148,7 +147,7 @@ class Redirector:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise ArtefactError(f"there is no checkpoint {path}") from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # torch's safe unpickler raises whatever a damaged or hostile file makes it raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ArtefactError(f"{path} was not loaded, as it holds more than tensors or is damaged: {first}") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

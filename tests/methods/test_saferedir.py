@@ -296,7 +296,8 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_executed(tmp_path: Path
     monkeypatch.setitem(globals(), "RAN", str(tmp_path / "ran"))
     torch.save({"latent_encoder.0.conv.0.weight": Malicious()}, tmp_path / "bad.pt")
     (tmp_path / "worse.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    for name in ("bad.pt", "worse.pt"):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for name in ("bad.pt", "worse.pt", "junk.pt"):
         with pytest.raises(ArtefactError, match="was not loaded, as it holds more than tensors"):
             Redirector.from_official(tmp_path / name, "x")
     assert not (tmp_path / "ran").exists()

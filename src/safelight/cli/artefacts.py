@@ -1,4 +1,4 @@
-"""`bank` and `calibrate`."""
+"""`bank`, `calibrate` and `convert`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,27 @@ def calibrate(
     calibration = detector.calibrate(read_lines(benign), target_fpr, confidence)
     replace(known, calibration=calibration).save(bank)
     emit(asdict(calibration) | {"bank": str(bank)}, as_json, f"{bank}: {calibration}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of SafeRedir's authors, e.g. best_model.pt. Nothing in it is executed.")],
+    concept: Annotated[str, typer.Option(help="What it finds, e.g. nudity.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.")],
+    threshold: Annotated[float, typer.Option(min=0, max=0.9999, help="The probability above which a generation is redirected.")] = 0.5,
+    published: Annotated[bool, typer.Option(help="Keep the behaviour of the released code, defects included.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turns a checkpoint of SafeRedir's released code into a bundle."""
+    from ..bundle import save
+    from ..methods.saferedir import SafeRedir
+    from ..redirector import Redirector
+
+    redirector = Redirector.from_official(checkpoint, concept, threshold)
+    save(out, SafeRedir.published([redirector]) if published else SafeRedir(redirectors=(redirector,)))
+    parameters = sum(parameter.numel() for parameter in redirector.net.parameters())
+    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "published": published}
+    emit(result, as_json, f"{out}: {concept}, {parameters:,} parameters")
 
 
 def _run(pipeline: str) -> Any:
