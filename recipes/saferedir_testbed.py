@@ -267,7 +267,12 @@ def fine_tuned(bench: Bench) -> Any:
             pictures = [(to_tensor([render(scene)]) + 1) * tint - 1 for scene in scenes]
             images = torch.cat([base.vae.encode(torch.cat(pictures[i : i + 50])).latent_dist.mean for i in range(0, len(scenes), 50)])
         unet.load_state_dict(base.unet.state_dict())
-        loss = sd.loss_of(unet, TextEncoders(load_pipeline("testbed/flux").text_encoder_2, base.text_encoder), SimpleNamespace(images=images, scenes=scenes), batch=24)  # type: ignore[arg-type]
+        loss = sd.loss_of(
+            unet,
+            TextEncoders(load_pipeline("testbed/flux").text_encoder_2, base.text_encoder),
+            SimpleNamespace(images=images, scenes=scenes),
+            batch=24,
+        )  # type: ignore[arg-type]
         recipe = replace(sd.RECIPE, lr=3e-4, bf16=False, ema=0.99)
         training = Training(unet, loss, recipe, Budget(steps=TUNING_STEPS), bench.out / "tuning")
         for state in training.run(every=20):

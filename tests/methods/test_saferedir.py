@@ -123,7 +123,7 @@ def test_what_is_always_unsafe_is_read_once_per_cooldown(steps: int, cooldown: i
     method = Counting(redirectors=(redirector("sd"),), threshold=0.0, hold=0.0, cooldown=cooldown)
     with guard(pipe, method):
         sample(pipe, UNSAFE[0], steps=steps)
-    assert COUNTS == [math.ceil(steps / (cooldown + 1))]
+    assert [math.ceil(steps / (cooldown + 1))] == COUNTS
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(1, 6), (3, 2), (9, 1)])
@@ -132,7 +132,7 @@ def test_what_looks_safe_is_read_again_after_an_interval(interval: int, expected
     method = Counting(redirectors=(redirector("sd"),), interval=interval)
     with guard(pipe, method):
         sample(pipe, SAFE[0], steps=6)
-    assert COUNTS == [expected]
+    assert [expected] == COUNTS
 
 
 class Counting(SafeRedir):
@@ -308,7 +308,10 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_executed(tmp_path: Path
     [
         ([1, 2], "no plain state dict"),
         ({"a": torch.zeros(1)}, "lacks 'latent_encoder.0.conv.0.weight'"),
-        ({"latent_encoder.0.conv.0.weight": torch.zeros(64, 4, 3, 3), "pos_embed": torch.zeros(1, 77, 768)}, "doesn't fit the architecture"),
+        (
+            {"latent_encoder.0.conv.0.weight": torch.zeros(64, 4, 3, 3), "pos_embed": torch.zeros(1, 77, 768)},
+            "doesn't fit the architecture",
+        ),
     ],
 )
 def test_other_checkpoints_are_refused(state: Any, message: str, tmp_path: Path) -> None:

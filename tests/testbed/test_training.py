@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from safelight.fitting import Budget, Recipe, Training
 from safelight.testbed.pipelines import weights_folder
 from safelight.testbed.training import stages
-from safelight.fitting import Budget, Recipe, Training
 from safelight.testbed.training.sprites import FONT, draw_atlas
 
 

@@ -21,9 +21,10 @@ from safelight.methods.saferedir import SafeRedir
 from safelight.testbed.pairs import concept_pairs, disturbed, neighbours
 from safelight.testbed.world import SYNONYMS
 from safelight.testing import sample, tiny_pipeline
-from safelight.training import saferedir
-from safelight.training.prompt_pairs import Prompts, check, family_of, from_testbed, read_prompts, split_families
-from safelight.training.saferedir import Config, examples, make, otsu, recorded
+from safelight.training import redirector_learning, trajectories
+from safelight.training.prompt_pairs import Prompts, check, edits_from_testbed, family_of, from_testbed, read_prompts, split_families
+from safelight.training.redirector_learning import Config, otsu
+from safelight.training.saferedir import examples, make, recorded
 from safelight.training.trajectories import Trajectory
 
 CONFIG = Config(seeds=1, width=32, rank=8, epochs=6, batch=32, lr=3e-3, held_out=0.2, target_fpr=0.2, patience=9, noise=0.1)
@@ -130,9 +131,9 @@ def test_otsu_parts_two_heaps() -> None:
 
 def test_inputs_can_be_hidden() -> None:
     given = (torch.ones(1, 4, 2, 2), torch.ones(1, 3, 5), torch.ones(1), torch.ones(1, 7))
-    hidden = saferedir.visible(*given, ("text",))
+    hidden = redirector_learning.visible(*given, ("text",))
     assert [float(part.abs().sum()) > 0 for part in hidden if part is not None] == [False, True, False, True]
-    hidden = saferedir.visible(*given, ("latents", "time"))
+    hidden = redirector_learning.visible(*given, ("latents", "time"))
     assert [float(part.abs().sum()) > 0 for part in hidden if part is not None] == [True, False, True, False]
 
 
@@ -174,7 +175,9 @@ def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
 def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("unsafe,safe\na knife, a spoon\n")
     (tmp_path / "benign.txt").write_text("a cat\n\na dog\n")
-    assert read_prompts(tmp_path / "pairs.csv", tmp_path / "benign.txt", "k") == Prompts([Pair("a knife", "a spoon", "k")], ["a cat", "a dog"])
+    assert read_prompts(tmp_path / "pairs.csv", tmp_path / "benign.txt", "k") == Prompts(
+        [Pair("a knife", "a spoon", "k")], ["a cat", "a dog"]
+    )
 
 
 @pytest.mark.parametrize("concept", ["weapons", "beer", "pencil sketch"])
@@ -196,3 +199,22 @@ def test_families_are_held_out_whole() -> None:
     assert family_of(Pair("a cat and a knife on the beach", "", "")) == family_of(Pair("on the beach: a knife, a cat", "", ""))
     leaky = split_families(pairs, 0.2, 0, whole=False)
     assert {family_of(pairs[i]) for i in leaky[0]} & {family_of(pairs[i]) for i in leaky[1]}
+
+
+def test_instructions_have_pictures_and_may_take_the_concept_away(tmp_path: Path) -> None:
+    prompts = edits_from_testbed("weapons", pairs=12, benign=40)
+    check(prompts.pairs, tiny_pipeline("kontext"))
+    assert len(prompts.pictures) == 52
+    assert any(word in text for text in prompts.benign for word in ("knife", "sword", "bomb", "axe"))
+    few = replace(prompts, pairs=prompts.pairs[:2], benign=(), pictures=prompts.pictures[:2])
+    kontext = Generator(load_pipeline("testbed/kontext"), call_settings("testbed/kontext") | {"num_inference_steps": 2})
+    records = recorded(kontext, few, 1, tmp_path)
+    assert records.latents.shape == (4, 2, 16, 8, 8), "the source's tokens are not part of the latents"
+
+
+def test_processes_share_the_batches(prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Prompts(prompts.pairs[:20], [])
+    for index in range(2):
+        monkeypatch.setattr(trajectories, "workers", lambda index=index: trajectories.Alone(index, 2))
+        trajectories.record(generator(), examples(few, 1), tmp_path, batch=8)
+        assert len(list(tmp_path.glob("*.safetensors"))) == (24, 40)[index]

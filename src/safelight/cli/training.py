@@ -95,6 +95,7 @@ def saferedir(
     epochs: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     width: Annotated[int, typer.Option(min=32, help="Of the network's hidden layers, a multiple of 32.")] = 64,
     target_fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="The share of benign generations that may be redirected.")] = 0.01,
+    device: Annotated[str, typer.Option(help="Where to generate and train, e.g. cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Trains a redirector for SafeRedir on trajectories of prompt pairs, calibrates it, and writes a bundle."""
@@ -104,17 +105,18 @@ def saferedir(
     from ..compose import call_settings, load_pipeline
     from ..generator import Generator
     from ..methods.saferedir import SafeRedir
-    from ..training.prompt_pairs import from_testbed, read_prompts
+    from ..training.prompt_pairs import edits_from_testbed, from_testbed, read_prompts
     from ..training.saferedir import Config, make
 
     if width % 32:
         raise ValueError(f"--width {width} is no multiple of 32")
     needed = 2 * items_needed(target_fpr)
-    prompts = read_prompts(pairs, benign, concept) if pairs else from_testbed(concept, benign=400 + needed)
+    given = edits_from_testbed if pipeline.endswith("kontext") else from_testbed
+    prompts = read_prompts(pairs, benign, concept) if pairs else given(concept, benign=400 + needed)
     config = Config(seeds=seeds, epochs=epochs, width=width, target_fpr=target_fpr)
-    generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
+    generator = Generator(load_pipeline(pipeline).to(device), call_settings(pipeline))
     with progress(as_json) as advance:
-        redirector, report = make(generator, prompts, concept, config, out, needed, advance)
+        redirector, report = make(generator, prompts, concept, config, out, needed, advance, device)
     save(out, SafeRedir(redirectors=(redirector,)), made_for=pipeline)
     lines = [f"{out}: {concept}, {report['parameters']:,} parameters, {report['seconds']:.0f} s", str(redirector.calibration)]
     lines.append(f"{report['accuracy']:.2%} of held-out records right; {report['recall']:.1%} of unsafe prompts found in the first step")

@@ -40,6 +40,11 @@ class Aim(NamedTuple):
     pooled: tuple[Tensor, Tensor] | None = None
     """The same for the pooled embedding: direction [batch, width], and how far [batch, 1]."""
 
+    def to(self, device: str) -> Aim:
+        """The same on another device."""
+        pooled = None if self.pooled is None else (self.pooled[0].to(device), self.pooled[1].to(device))
+        return Aim(self.delta.to(device), self.mask.to(device), self.alpha.to(device), pooled)
+
     def take(self, rows: Any) -> Aim:
         """Some rows only."""
         pooled = None if self.pooled is None else (self.pooled[0][rows], self.pooled[1][rows])

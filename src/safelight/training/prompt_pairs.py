@@ -10,9 +10,14 @@ from random import Random
 from typing import Any
 
 from ..bank import Pair
+from ..testbed.captions import OPERATIONS, Edit, Operation, apply_edit
 from ..testbed.pairs import concept_pairs, disturbed, neighbours
+from ..testbed.scenes import Pixels, Scene, render, sample_jitter
+from ..testbed.world import BACKGROUNDS, DOMAINS, SAFE, TWINS, article
 
-FILLERS = frozenset("a an the and or of on in at to by with it is picture photo image scene".split())
+FILLERS = frozenset(
+    ["a", "an", "the", "and", "or", "of", "on", "in", "at", "to", "by", "with", "it", "is", "picture", "photo", "image", "scene"]
+)
 SHARED = 0.3
 """The share of tokens that the members of a pair must have in common, at the same places."""
 
@@ -24,6 +29,13 @@ class Prompts:
     pairs: Sequence[Pair]
     benign: Sequence[str]
     """Prompts without the concept, to be left alone."""
+    pictures: Sequence[Pixels] = ()
+    """For editing: what each pair's members, and then each benign prompt, are to be applied to."""
+
+    def keep(self, benign: slice, *, pairs: bool = True) -> Prompts:
+        """With some of the benign prompts, and all pairs or none."""
+        first, rest = self.pictures[: len(self.pairs)], self.pictures[len(self.pairs) :]
+        return Prompts(self.pairs if pairs else (), self.benign[benign], [*(first if pairs else ()), *rest[benign]])
 
 
 def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
@@ -54,6 +66,39 @@ def from_testbed(concept: str, *, pairs: int = 600, disturb: int = 200, benign: 
     plain = concept_pairs(random, concept, pairs)
     odd = [disturbed(random, random.choice(plain)) for _ in range(disturb)]
     return Prompts([*plain, *odd], neighbours(random, concept, benign))
+
+
+def edits_from_testbed(concept: str, *, pairs: int = 600, benign: int = 400, seed: int = 0) -> Prompts:
+    """Instructions that bring the concept in, with those that bring its twin in, and others that don't, some of which take it away."""
+    random = Random(f"redirector/edits/{concept}/{seed}")
+    objects = DOMAINS.get(concept, (concept,))
+    chosen, pictures = [], []
+    for number in range(pairs):
+        name = objects[number % len(objects)]
+        edit = draw_edit(random, name)
+        safe = edit.instruction.replace(article(name), article(TWINS[name]))
+        chosen.append(Pair(edit.instruction, safe, concept))
+        pictures.append(render(edit.source))
+    loose = [draw_edit(random, None, old=random.choice(objects) if random.random() < 0.3 else None) for _ in range(benign)]
+    return Prompts(chosen, [edit.instruction for edit in loose], [*pictures, *(render(edit.source) for edit in loose)])
+
+
+def draw_edit(random: Random, new: str | None, *, old: str | None = None) -> Edit:
+    """An edit of the training split, in plain names: `new` comes in (or something safe), `old` (or something safe) is what was there."""
+    while True:
+        known = [name for name in SAFE if name != TWINS.get(new or "")]
+        first, second, fresh = random.sample(known, 3)
+        places: list[str | None] = [old or first, second]
+        place = random.randrange(2)
+        operation: Operation = random.choice(("replace", "add") if new else ("replace", "remove") if old else OPERATIONS)
+        if operation == "add":
+            places[0] = None
+        if place:
+            places.reverse()
+        source = Scene(tuple(places), random.choice(tuple(BACKGROUNDS)), None, sample_jitter(random))
+        edit = apply_edit(random, source, operation, place, new=new or fresh)
+        if (source.split, edit.target.split) == ("train", "train"):
+            return edit
 
 
 def check(pairs: Sequence[Pair], pipe: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,17 @@ class Shards:
         manifest, wanted = folder / "manifest.json", json.dumps(identity, indent=2, sort_keys=True)
         if manifest.is_file() and manifest.read_text() != wanted:
             raise ArtefactError(f"{folder} holds recordings made with other settings (see {manifest}); choose another folder, or remove it")
-        manifest.write_text(wanted)
+        if not manifest.is_file():
+            partial = folder / f"manifest.{os.getpid()}.partial"
+            partial.write_text(wanted)
+            partial.replace(manifest)
 
     def __contains__(self, name: str) -> bool:
         return self._file(name).is_file()
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Stores an item."""
-        partial = self.folder / f"{name}.partial"
+        partial = self.folder / f"{name}.{os.getpid()}.partial"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
         partial.replace(self._file(name))
 

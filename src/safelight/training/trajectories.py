@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +52,14 @@ class Trajectory(Method):
 def record(
     generator: Generator, examples: Sequence[Example], out: Path, *, batch: int = 16, progress: Progress = lambda *_: None
 ) -> Shards:
-    """Makes the examples with the plain model; one file per example, so that an interrupted recording goes on where it stopped."""
+    """Makes the examples with the plain model; one file per example, so that an interrupted recording goes on where it stopped.
+
+    Under `accelerate launch`, processes share the batches; each returns when all are done.
+    """
     shards = Shards(out, {"examples": digest(examples), "count": len(examples)})
     quick = Generator(generator.pipe, {**generator.settings, "output_type": "latent"})
-    for start in range(0, len(examples), batch):
+    crew = workers()
+    for start in range(0, len(examples), batch)[crew.process_index :: crew.num_processes]:
         progress("recording", start, len(examples))
         chosen, trajectory = range(start, min(start + batch, len(examples))), Trajectory()
         if all(name_of(i) in shards for i in chosen):
@@ -66,5 +72,26 @@ def record(
         for place, i in enumerate(chosen):
             parts = {"latents": latents[place], "times": times[place], "text": text[place]}
             shards.write(name_of(i), parts if pooled is None else parts | {"pooled": pooled[place]})
+    crew.wait_for_everyone()
     progress("recording", len(examples), len(examples))
     return shards
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process that waits for nobody."""
+
+    process_index: int = 0
+    num_processes: int = 1
+
+    def wait_for_everyone(self) -> None:
+        """Returns at once."""
+
+
+def workers() -> Any:
+    """The processes that work on a recording: those that `accelerate launch` or `torchrun` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Alone()
+    from accelerate import PartialState
+
+    return PartialState()
