@@ -39,7 +39,7 @@ EDITS = (
     (Scene(("cat", None), "beach"), f"add {article('bomb')}"),
     (Scene(("apple", "car"), "sea"), "swap the apple by a flower"),
 )
-ROWS = (("unguarded", ()), ("dual_latent", ("dual_latent",)), ("uvr", ("uvr",)), ("negative_prompt", ("negative_prompt",)),
+ROWS = (("unguarded", ()), ("dual_latent", ("dual_latent",)), ("saferedir", ("saferedir",)), ("uvr", ("uvr",)), ("negative_prompt", ("negative_prompt",)),
         ("gate + negative_prompt", ("gate",)), ("block", ("block",)))  # fmt: skip
 Progress = Callable[[str, int, int], None]
 
