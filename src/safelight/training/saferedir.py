@@ -244,7 +244,9 @@ def make(
         "epochs": len(trained.curve), "parameters": sum(parameter.numel() for parameter in trained.net.parameters()),
         "seconds": time.monotonic() - started, "pairs": len(prompts.pairs), "pictures": len(records.latents),
     }  # fmt: skip
-    return redirector, facts | quality
+    report = facts | quality
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return redirector, report
 
 
 def recorded(generator: Generator, prompts: Prompts, seeds: int, out: Path, progress: Progress = lambda *_: None) -> Records:
