@@ -27,7 +27,20 @@ def safelight(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_help_lists_the_frozen_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert safelight(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for command in ("generate", "edit", "demo", "evaluate", "calibrate", "bank", "list", "describe", "train", "analyse", "convert", "testbed"):
+    for command in (
+        "generate",
+        "edit",
+        "demo",
+        "evaluate",
+        "calibrate",
+        "bank",
+        "list",
+        "describe",
+        "train",
+        "analyse",
+        "convert",
+        "testbed",
+    ):
         assert command in text
 
 

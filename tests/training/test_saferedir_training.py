@@ -24,7 +24,7 @@ from safelight.testing import sample, tiny_pipeline
 from safelight.training import redirector_learning, trajectories
 from safelight.training.prompt_pairs import Prompts, check, edits_from_testbed, family_of, from_testbed, read_prompts, split_families
 from safelight.training.redirector_learning import Config, otsu
-from safelight.training.saferedir import examples, make, recorded
+from safelight.training.saferedir import examples, gather, learn, recorded
 from safelight.training.trajectories import Trajectory
 
 CONFIG = Config(seeds=1, width=32, rank=8, epochs=6, batch=32, lr=3e-3, held_out=0.2, target_fpr=0.2, patience=9, noise=0.1)
@@ -40,16 +40,20 @@ def generator() -> Generator:
     return Generator(load_pipeline("testbed/sd"), SETTINGS)  # two steps: quick, and with a text encoder that understands
 
 
+def make(prompts: Prompts, out: Path, calibrating: int = 20, config: Config = CONFIG) -> tuple[Any, dict[str, Any]]:
+    return learn(gather(generator(), prompts, config, out, calibrating), "knife", config, out)
+
+
 @pytest.fixture(scope="module")
 def trained(prompts: Prompts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("trained")
-    return *make(generator(), prompts, "knife", CONFIG, out, 20), out
+    return *make(prompts, out), out
 
 
 def test_training_finds_the_concept_and_leaves_the_rest(trained: Any) -> None:
     redirector, report, out = trained
     assert report["recall"] > 0.9
-    assert report["pictures"] == 2 * 60 + 64
+    assert report["pictures"] == 2 * 60 + 84
     assert redirector.calibration.n == 20
     assert (out / "curves.png").is_file()
     pipe = load_pipeline("testbed/sd")
@@ -70,9 +74,9 @@ def test_interrupted_and_resumed_training_has_the_same_curve(
 
     monkeypatch.setattr(Training, "_advance", failing)
     with pytest.raises(KeyboardInterrupt):
-        make(generator(), prompts, "knife", CONFIG, tmp_path, 20)
+        make(prompts, tmp_path)
     monkeypatch.setattr(Training, "_advance", advance)
-    again, _ = make(generator(), prompts, "knife", CONFIG, tmp_path, 20)
+    again, _ = make(prompts, tmp_path)
     redirector, _, out = trained
     assert json.loads((tmp_path / "fit/validation.json").read_text()) == json.loads((out / "fit/validation.json").read_text())
     for name, tensor in redirector.net.state_dict().items():
@@ -82,8 +86,8 @@ def test_interrupted_and_resumed_training_has_the_same_curve(
 
 
 def test_a_folder_holds_one_training(trained: Any, prompts: Prompts) -> None:
-    with pytest.raises(ArtefactError, match="holds a training with other prompts or settings"):
-        make(generator(), prompts, "knife", replace(CONFIG, seed=1), trained[2], 20)
+    with pytest.raises(ArtefactError, match="holds a training of another model, or with other prompts"):
+        make(prompts, trained[2], config=replace(CONFIG, seed=1))
 
 
 def test_recording_changes_no_image_and_resumes(prompts: Prompts, tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_no_pairs_and_too_few_benign_prompts_are_refused(prompts: Prompts, tmp_p
     with pytest.raises(ValueError, match="there are no pairs"):
         check([], tiny_pipeline("sd"))
     with pytest.raises(ValueError, match="there are 84 benign prompts, of which 84 are needed"):
-        make(generator(), prompts, "knife", CONFIG, tmp_path, 84)
+        make(prompts, tmp_path, 84)
 
 
 @pytest.mark.parametrize(

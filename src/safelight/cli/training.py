@@ -106,7 +106,9 @@ def saferedir(
     from ..generator import Generator
     from ..methods.saferedir import SafeRedir
     from ..training.prompt_pairs import edits_from_testbed, from_testbed, read_prompts
-    from ..training.saferedir import Config, make
+    from ..training.redirector_learning import Config
+    from ..training.saferedir import gather, learn
+    from ..training.trajectories import workers
 
     if width % 32:
         raise ValueError(f"--width {width} is no multiple of 32")
@@ -115,10 +117,14 @@ def saferedir(
     prompts = read_prompts(pairs, benign, concept) if pairs else given(concept, benign=400 + needed)
     config = Config(seeds=seeds, epochs=epochs, width=width, target_fpr=target_fpr)
     generator = Generator(load_pipeline(pipeline).to(device), call_settings(pipeline))
-    with progress(as_json) as advance:
-        redirector, report = make(generator, prompts, concept, config, out, needed, advance, device)
+    helping = workers().process_index > 0
+    with progress(as_json or helping) as advance:
+        gathered = gather(generator, prompts, config, out, needed, advance)
+        if helping:
+            return
+        redirector, report = learn(gathered, concept, config, out, advance, device)
     save(out, SafeRedir(redirectors=(redirector,)), made_for=pipeline)
-    lines = [f"{out}: {concept}, {report['parameters']:,} parameters, {report['seconds']:.0f} s", str(redirector.calibration)]
+    lines = [f"{out}: {concept}, {report['parameters']:,} parameters, {report['seconds']:.0f} s of training", str(redirector.calibration)]
     lines.append(f"{report['accuracy']:.2%} of held-out records right; {report['recall']:.1%} of unsafe prompts found in the first step")
     emit({"bundle": str(out)} | report, as_json, "\n".join(lines))
 

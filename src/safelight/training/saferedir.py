@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..anchors import sampled
 from ..backbone import Backbone
 from ..calibration import Calibration
 from ..errors import ArtefactError
@@ -205,17 +206,24 @@ def subset(records: Records, rows: Tensor) -> Records:
     )  # fmt: skip
 
 
-def make(
-    generator: Generator,
-    prompts: Prompts,
-    concept: str,
-    config: Config,
-    out: Path,
-    calibrating: int,
-    progress: Progress = lambda *_: None,
-    device: str = "cpu",
-) -> tuple[Redirector, dict[str, Any]]:
-    """Records, trains and calibrates; everything is kept in `out`, and what is there already is not made again.
+@dataclass(frozen=True)
+class Gathered:
+    """All that a training needs of a pipeline."""
+
+    prompts: Prompts
+    """Those that are trained on."""
+    records: Records
+    benign: Records
+    """Of the prompts that calibrate the threshold."""
+    held_out: Sequence[str]
+    """Those prompts."""
+    backbone: Backbone
+
+
+def gather(
+    generator: Generator, prompts: Prompts, config: Config, out: Path, calibrating: int, progress: Progress = lambda *_: None
+) -> Gathered:  # fmt: skip
+    """Records trajectories; what is in `out` already is not made again. Under `accelerate launch`, processes share the work.
 
     The last `calibrating` benign prompts are kept for the threshold.
 
@@ -228,24 +236,32 @@ def make(
         raise ValueError(
             f"there are {len(prompts.benign)} benign prompts, of which {calibrating} are needed to calibrate; give more, or a higher --target-fpr"
         )
-    started = time.monotonic()
-    claim(out, config, prompts)
+    backbone = Backbone.of(generator.pipe)
+    claim(out, config, prompts, backbone, generator.settings)
     known, kept = prompts.keep(slice(None, -calibrating)), prompts.keep(slice(-calibrating, None), pairs=False)
     records = recorded(generator, known, config.seeds, out / "trajectories", progress)
-    held_out = recorded(generator, kept, 1, out / "benign-trajectories", progress)
-    trained = fit(records, known, config, out / "fit", progress, device)
-    _, families = split(records, known, config)
+    benign = recorded(generator, kept, 1, out / "benign-trajectories", progress)
+    return Gathered(known, records, benign, kept.benign, backbone)
+
+
+def learn(
+    gathered: Gathered, concept: str, config: Config, out: Path, progress: Progress = lambda *_: None, device: str = "cpu"
+) -> tuple[Redirector, dict[str, Any]]:  # fmt: skip
+    """Trains a redirector and calibrates it; writes curves and a report into `out`."""
+    started, records = time.monotonic(), gathered.records
+    trained = fit(records, gathered.prompts, config, out / "fit", progress, device)
+    _, families = split(records, gathered.prompts, config)
     unsafe = subset(records, families[records.unsafe[families]])
-    redirector, quality = calibrate(trained, concept, Backbone.of(generator.pipe), held_out, unsafe, config, kept.benign)
+    redirector, quality = calibrate(trained, concept, gathered.backbone, gathered.benign, unsafe, config, gathered.held_out)
     with suppress(ImportError):  # plots are an extra
         plot(trained, out / "curves.png")
-    facts = {
+    report = quality | {
         "concept": concept, "threshold": redirector.threshold, "accuracy": trained.accuracy, "best_epoch": trained.stopped,
         "epochs": len(trained.curve), "parameters": sum(parameter.numel() for parameter in trained.net.parameters()),
-        "seconds": time.monotonic() - started, "pairs": len(prompts.pairs), "pictures": len(records.latents),
+        "pairs": len(gathered.prompts.pairs), "pictures": len(records.latents) + len(gathered.benign.latents),
+        "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
-    report = facts | quality
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(report | {"curve": trained.curve}, indent=2) + "\n")
     return redirector, report
 
 
@@ -255,18 +271,22 @@ def recorded(generator: Generator, prompts: Prompts, seeds: int, out: Path, prog
     return Records.load(record(generator, chosen, out, progress=progress), len(prompts.pairs), seeds, len(chosen))
 
 
-def claim(out: Path, config: Config, prompts: Prompts) -> None:
+def claim(out: Path, config: Config, prompts: Prompts, backbone: Backbone, settings: Mapping[str, Any]) -> None:
     """Makes sure that a folder holds one training only.
 
     Raises:
         ArtefactError: if it holds another one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    identity = {"config": asdict(config), "pairs": [list(pair) for pair in prompts.pairs], "benign": list(prompts.benign)}
+    identity = {
+        "config": asdict(config), "pairs": [list(pair) for pair in prompts.pairs], "benign": list(prompts.benign),
+        "settings": {name: str(value) for name, value in settings.items()}, "denoiser": type(backbone.module).__name__,
+        "weights": sampled(next(backbone.module.parameters())),
+    }  # fmt: skip
     file, wanted = out / "training.json", json.dumps(identity, sort_keys=True)
     if file.is_file() and file.read_text() != wanted:
         raise ArtefactError(
-            f"{out} holds a training with other prompts or settings (see {file}); choose another folder, or remove this one"
+            f"{out} holds a training of another model, or with other prompts or settings (see {file}); choose another folder, or remove this one"
         )
     file.write_text(wanted)
 
