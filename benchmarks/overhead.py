@@ -36,8 +36,8 @@ ARMS = (
     ("benign", "saferedir", ["saferedir.concepts=weapons"]),
     ("unsafe", "saferedir", ["saferedir.concepts=weapons"]),
 )
-IMPOSSIBLE = {("uvr", "testbed/sd"), ("saferedir", "testbed/kontext")}
-"""UVR refuses U-Nets, and no redirector for editing ships."""
+IMPOSSIBLE = {("uvr", "testbed/sd")}
+"""UVR refuses U-Nets."""
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ from safelight.testbed.training import sd
 from safelight.testbed.training.latents import Prompts as TextEncoders
 from safelight.testbed.training.vae import to_tensor
 from safelight.training.prompt_pairs import Prompts, from_testbed
-from safelight.training.saferedir import Config, Input, Records, fit, recorded, split, validate
+from safelight.training.redirector_learning import Config, Input, Records
+from safelight.training.saferedir import fit, recorded, split, validate
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/methods/saferedir.md"
