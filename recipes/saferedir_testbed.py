@@ -43,6 +43,8 @@ from safelight.training.saferedir import fit, recorded, split, validate
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/methods/saferedir.md"
+MOST = {"testbed/beer": 72, "testbed/pencil-sketch": 150, "testbed/paraphrase-beer": 120}
+"""How many held-out prompts there are, where there are fewer than 200."""
 TASKS = {"weapons": "testbed/weapons", "beer": "testbed/beer", "pencil sketch": "testbed/pencil-sketch"}
 SYNONYMS = {"weapons": "testbed/paraphrase-weapons", "beer": "testbed/paraphrase-beer"}
 PIPELINES = ("sd", "flux")
@@ -122,7 +124,7 @@ def tasks(bench: Bench) -> str:
     """Each concept on each pipeline: held-out prompts, benign ones, and proximal ones."""
     lines = ["| task | pipeline | n | " + " | ".join(name.replace("_", " ") for name in SHOWN) + " |", "|---" * (len(SHOWN) + 3) + "|"]
     for (concept, name), method in bench.guards.items():
-        result = bench.run(f"{concept}, {name}", name, TASKS[concept], [method], (200, 100, 100))
+        result = bench.run(f"{concept}, {name}", name, TASKS[concept], [method], (MOST.get(TASKS[concept], 200), 100, 100))
         lines.append(row([concept, name], result))
     return "\n".join(lines)
 
@@ -133,7 +135,7 @@ def paraphrase(bench: Bench) -> str:
     lines = ["| synonyms of | pipeline | n | ASR unguarded | ASR guarded | retention |", "|---|---|---|---|---|---|"]
     for concept, benchmark in SYNONYMS.items():
         for name in PIPELINES:
-            result = bench.run(f"paraphrase, {concept}, {name}", name, benchmark, [bench.guards[concept, name]], (200, 1, 1))
+            result = bench.run(f"paraphrase, {concept}, {name}", name, benchmark, [bench.guards[concept, name]], (MOST.get(benchmark, 200), 1, 1))
             lines.append(row([concept, name], result, shown))
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from .anchors import Anchors
 from .bank import Bank
 from .bundle import DETECTORS, METHODS, load
 from .detector import Detector
+from .dictionary import Dictionary
 from .errors import ArtefactError
 from .method import Method
 from .redirector import Redirector
@@ -121,6 +122,8 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
         given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
     if "redirectors" in artefacts:
         given["redirectors"] = _redirectors(pipeline, own.pop("concepts", ""))
+    if "dictionaries" in artefacts:
+        given["dictionaries"] = _dictionaries(pipeline)
     given |= {field: _anchors(pipeline, field) for field in ("anchors", "reference_anchors") if field in artefacts}
     given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
     if name == "negative_prompt":
@@ -177,6 +180,16 @@ def _redirectors(pipeline: str, concepts: str) -> tuple[Redirector, ...]:
             f"there is no redirector for {pipeline!r}; train one with `safelight train saferedir`, and pass its folder as --guard FOLDER"
         )
     return tuple(Redirector.load(file) for file in known.values())
+
+
+def _dictionaries(pipeline: str) -> tuple[Dictionary, ...]:
+    """The safety dictionaries that ship for a testbed pipeline."""
+    files = sorted(WEIGHTS.glob(f"dictionary-{pipeline.removeprefix('testbed/')}-*.safetensors")) if pipeline.startswith("testbed/") else []
+    if not files:
+        raise ArtefactError(
+            f"there are no safety dictionaries for {pipeline!r}; make some with `safelight train safedig`, and pass its folder as --guard FOLDER"
+        )
+    return tuple(Dictionary.load(file) for file in files)
 
 
 def bundled_redirectors(pipeline: str) -> dict[str, Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from .tokenizer import EOS, LENGTH, PAD, vocabulary
 
@@ -37,15 +38,24 @@ def t5() -> T5EncoderModel:
     )  # fmt: skip
 
 
-def clip() -> CLIPTextModel:
-    """The text encoder of the U-Net, and the pooled one of the MM-DiTs."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary()), hidden_size=TEXT_WIDTH, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=LENGTH, projection_dim=TEXT_WIDTH,
-            pad_token_id=PAD, bos_token_id=2, eos_token_id=EOS,
-        )
+def _clip_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary()), hidden_size=TEXT_WIDTH, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=LENGTH, projection_dim=TEXT_WIDTH,
+        pad_token_id=PAD, bos_token_id=2, eos_token_id=EOS,
     )  # fmt: skip
+
+
+def clip() -> CLIPTextModel:
+    """The text encoder of the U-Net, and the pooled one of FLUX."""
+    return CLIPTextModel(_clip_config())
+
+
+def projecting_clip() -> CLIPTextModelWithProjection:
+    """The same text encoder in the class that SD3 wants; its projection is the identity, and isn't stored."""
+    model = CLIPTextModelWithProjection(_clip_config())
+    nn.init.eye_(model.text_projection.weight)
+    return model
 
 
 def flux() -> FluxTransformer2DModel:
@@ -54,6 +64,15 @@ def flux() -> FluxTransformer2DModel:
         patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=4, attention_head_dim=32,
         num_attention_heads=6, joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH,
         guidance_embeds=False, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+
+
+def sd3() -> SD3Transformer2DModel:
+    """4 joint blocks over 64 image tokens; the queries and keys are normalised as in SD 3.5."""
+    return SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=4,
+        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=TEXT_WIDTH, caption_projection_dim=128,
+        pooled_projection_dim=2 * TEXT_WIDTH, pos_embed_max_size=8, qk_norm="rms_norm",
     )  # fmt: skip
 
 

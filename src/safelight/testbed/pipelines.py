@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, StableDiffusionPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,14 +23,14 @@ from . import architectures
 from .schedules import noise_schedule
 from .tokenizer import build
 
-Name = Literal["sd", "flux", "kontext"]
+Name = Literal["sd", "sd3", "flux", "kontext"]
 NAMES: tuple[str, ...] = get_args(Name)
 
 
 def settings(name: str) -> dict[str, Any]:
     """The call arguments with which a pipeline was made to work: size, steps, guidance."""
     common: dict[str, Any] = {"num_inference_steps": 20}
-    if name == "sd":
+    if name in ("sd", "sd3"):
         return common | {"guidance_scale": 3.0, "height": 64, "width": 64}
     guided = common | {"guidance_scale": 1.0, "true_cfg_scale": 2.5, "negative_prompt": "", "height": 64, "width": 64}
     if name == "flux":
@@ -37,7 +43,7 @@ def settings(name: str) -> dict[str, Any]:
 def load(name: str, weights: Path | None = None) -> Any:
     """A testbed pipeline on the CPU in fp32, made from bundled weights without any network.
 
-    `sd` is a StableDiffusionPipeline, `flux` a FluxPipeline, and `kontext` a FluxKontextPipeline with the same transformer. Call it
+    `sd` is a StableDiffusionPipeline, `sd3` a StableDiffusion3Pipeline, `flux` a FluxPipeline, and `kontext` a FluxKontextPipeline with the same transformer. Call it
     with `**settings(name)`.
 
     Raises:
@@ -46,14 +52,18 @@ def load(name: str, weights: Path | None = None) -> Any:
     """
     if name not in NAMES:
         raise _unknown(name)
-    vae, clip = _filled(architectures.autoencoder(), "vae", weights), _filled(architectures.clip(), "clip", weights)
-    if name == "sd":
-        pipe: Any = StableDiffusionPipeline(
+    vae = _filled(architectures.autoencoder(), "vae", weights)
+    pipe: Any
+    if name == "sd3":
+        pipe = _sd3(vae, weights)
+    elif name == "sd":
+        clip = _filled(architectures.clip(), "clip", weights)
+        pipe = StableDiffusionPipeline(
             vae=vae, text_encoder=clip, tokenizer=build("clip"), unet=_filled(architectures.unet(), "unet", weights),
             scheduler=noise_schedule(), safety_checker=cast(Any, None), feature_extractor=cast(Any, None), requires_safety_checker=False,
         )  # fmt: skip
     else:
-        kind = FluxPipeline if name == "flux" else FluxKontextPipeline
+        kind, clip = FluxPipeline if name == "flux" else FluxKontextPipeline, _filled(architectures.clip(), "clip", weights)
         pipe = kind(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae, text_encoder=clip, tokenizer=cast(Any, build("clip")),
             text_encoder_2=_filled(architectures.t5(), "t5", weights), tokenizer_2=cast(Any, build("t5")),
@@ -62,6 +72,18 @@ def load(name: str, weights: Path | None = None) -> Any:
         pipe.default_sample_size = 16  # the size at which `pipe("a cat")` works; an attribute of each pipeline object
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _sd3(vae: nn.Module, weights: Path | None) -> Any:
+    """SD3's two CLIP encoders are one and the same here; of their joined tokens, the pipeline keeps T5's width, which is the first's."""
+    clip = architectures.projecting_clip().eval().requires_grad_(False)
+    _filled(clip.text_model, "clip", weights)
+    tokenizer = cast(Any, build("clip"))
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=cast(Any, vae), transformer=_filled(architectures.sd3(), "sd3", weights),
+        text_encoder=clip, tokenizer=tokenizer, text_encoder_2=clip, tokenizer_2=tokenizer,
+        text_encoder_3=_filled(architectures.t5(), "t5", weights), tokenizer_3=cast(Any, build("t5")),
+    )  # fmt: skip
 
 
 def _unknown(name: str) -> ValueError:

@@ -39,7 +39,7 @@ class Prompts:
 
 
 def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
-    """Pairs from a CSV file with the columns unsafe and safe, benign prompts from a text file with one a line.
+    """Pairs from a CSV file with the columns unsafe and safe (and optionally category), benign prompts from a text file with one a line.
 
     Raises:
         ValueError: naming file, row, and what is wrong with it.
@@ -56,7 +56,7 @@ def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
         for side in ("unsafe", "safe"):
             if not (row[side] or "").strip():
                 raise ValueError(f"{pairs}, row {number}: the {side} prompt is empty; give both members of each pair")
-    found = [Pair(row["unsafe"].strip(), row["safe"].strip(), concept) for row in rows]
+    found = [Pair(row["unsafe"].strip(), row["safe"].strip(), (row.get("category") or "").strip() or concept) for row in rows]
     return Prompts(found, [line.strip() for line in lines if line.strip()])
 
 

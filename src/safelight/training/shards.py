@@ -34,6 +34,18 @@ class Shards:
             partial.write_text(wanted)
             partial.replace(manifest)
 
+    @classmethod
+    def existing(cls, folder: Path) -> Shards:
+        """Opens what is there, whatever it is.
+
+        Raises:
+            ArtefactError: if there is nothing.
+        """
+        try:
+            return cls(folder, json.loads((folder / "manifest.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{folder} holds no recordings ({error})") from error
+
     def __contains__(self, name: str) -> bool:
         return self._file(name).is_file()
 

@@ -57,16 +57,17 @@ def _encode(vae: AutoencoderKL, scenes: list[Scene], batch: int = 64) -> Tensor:
 
 
 class Prompts(nn.Module):
-    """The frozen text encoders: prompts -> (T5 tokens, CLIP tokens, CLIP pooled)."""
+    """The frozen text encoders: prompts -> (T5 tokens, CLIP tokens of a layer, CLIP pooled); layer -1 is the normalised last one."""
 
     def __init__(self, t5: nn.Module, clip: nn.Module) -> None:
         super().__init__()
         self.t5, self.clip = t5.eval(), clip.eval()
 
     @torch.no_grad()
-    def forward(self, texts: list[str], device: Any) -> tuple[Tensor, Tensor, Tensor]:
-        clip = self.clip(input_ids=tokens("clip", texts).to(device))
-        return self.t5(input_ids=tokens("t5", texts).to(device)).last_hidden_state, clip.last_hidden_state, clip.pooler_output
+    def forward(self, texts: list[str], device: Any, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        clip = self.clip(input_ids=tokens("clip", texts).to(device), output_hidden_states=True)
+        words = clip.last_hidden_state if layer == -1 else clip.hidden_states[layer]
+        return self.t5(input_ids=tokens("t5", texts).to(device)).last_hidden_state, words, clip.pooler_output
 
 
 def choose(generator: torch.Generator, total: int, batch: int) -> Tensor:

@@ -27,7 +27,7 @@ from ..pairs import instruction_pairs, safe_captions, safe_instructions, scene_p
 from ..pipelines import load
 from ..scenes import is_safe, sample_scene
 from ..world import SAFE
-from . import classifier, flux, sd, text, vae
+from . import classifier, flux, sd, sd3, text, vae
 from .latents import Latents, Prompts
 from .sprites import draw_atlas
 
@@ -105,12 +105,19 @@ def _prepare_flux(weights: Path, device: str) -> tuple[nn.Module, Loss]:
     return net, flux.loss_of(net, prompts, data, device=device)
 
 
+def _prepare_sd3(weights: Path, device: str) -> tuple[nn.Module, Loss]:
+    data, prompts = _corpus(weights, device)
+    net = architectures.sd3().to(device)
+    return net, sd3.loss_of(net, prompts, data, device=device)
+
+
 STAGES: dict[str, Stage] = {
     "vae": Stage(vae.RECIPE, Budget(steps=1600), _prepare_vae, _export_vae),
     "text": Stage(text.RECIPE, Budget(steps=1500), _prepare_text, _export_text),
     "classifier": Stage(classifier.RECIPE, Budget(steps=1200), _prepare_classifier, _plain("classifier")),
     "sd": Stage(sd.RECIPE, Budget(minutes=55), _prepare_sd, _plain("unet")),
     "flux": Stage(flux.RECIPE, Budget(minutes=85), _prepare_flux, _plain("flux")),
+    "sd3": Stage(sd3.RECIPE, Budget(minutes=70), _prepare_sd3, _plain("sd3")),
 }
 
 

@@ -1,0 +1,218 @@
+"""A safety dictionary: an SAE of one site, the decoder that was adapted to a risk, and the features that speak of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .anchors import SAME_WEIGHTS, fingerprint, likeness
+from .backbone import Backbone
+from .calibration import Calibration
+from .errors import ArtefactError
+from .nets.sae import SAE, Decoder
+
+FORMAT = "safelight-dictionary/1"
+REMEDY = "make one with `safelight train safedig`"
+Operator = Literal["blend", "repel"]
+CLAMP = 9.0
+"""Features count up to so many standard deviations."""
+TOP = 16
+"""A picture's score is the mean of its highest tokens: one in so many."""
+
+
+@dataclass(frozen=True)
+class Harmful:
+    """The features that fire more for unsafe pictures than for their safe twins, per time point; H of them."""
+
+    features: Tensor
+    """[times, H], indices of latents."""
+    means: Tensor
+    """[times, H]: a token is edited only where a feature exceeds its mean over all tokens."""
+    spreads: Tensor
+    """[times, H], standard deviations."""
+    weights: Tensor
+    """[times, H]: difference of the normalised means, unsafe - safe; what a feature counts for the gate."""
+
+    def at(self, device: torch.device) -> Harmful:
+        """The same on another device."""
+        return Harmful(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """What SafeDIG knows at one site."""
+
+    sae: SAE
+    """Encoder, and the source decoder that reconstructs."""
+    adapted: Decoder
+    """The decoder after transfer."""
+    harmful: Harmful
+    moments: tuple[float, ...]
+    """The share of the steps that lay behind at each time point."""
+    site: str
+    operator: Operator
+    """What routing chose."""
+    threshold: float | None = None
+    """The score above which a picture is steered; None: another position's dictionary looks."""
+    risks: tuple[str, ...] = ()
+    """The domains it was made for."""
+    calibration: Calibration | None = None
+    model: Mapping[str, Any] | None = None
+
+    def moment(self, progress: float) -> int:
+        """The nearest time point."""
+        return min(range(len(self.moments)), key=lambda i: abs(self.moments[i] - progress))
+
+    def harm(self, seen: Tensor, moment: int) -> Tensor:
+        """Z of the harmful features, where they exceed their means, clamped at 9 σ: [batch, tokens, H]."""
+        chosen = self.harmful.features[moment]
+        values = self.sae.some(seen, chosen)
+        top = self.harmful.means[moment] + CLAMP * self.harmful.spreads[moment]
+        return torch.minimum(values, top) * (values > self.harmful.means[moment])
+
+    def scores(self, harm: Tensor, moment: int) -> Tensor:
+        """How harmful each picture is, [batch], from the values of harmful features [batch, tokens, H]."""
+        weighted = (harm / self.harmful.spreads[moment].clamp_min(1e-6)) @ self.harmful.weights[moment]
+        count = max(1, weighted.shape[1] // TOP)
+        return weighted.topk(count, dim=1).values.mean(1)
+
+    def at(self, device: torch.device) -> Dictionary:
+        """The same on another device."""
+        if self.sae.b_pre.device == device:
+            return self
+        sae, adapted = SAE(**self.sae.settings), Decoder(self.sae.latents, self.sae.width)
+        sae.load_state_dict(self.sae.state_dict())
+        adapted.load_state_dict(self.adapted.state_dict())
+        frozen = [net.eval().requires_grad_(False).to(device) for net in (sae, adapted)]
+        return replace(self, sae=frozen[0], adapted=frozen[1], harmful=self.harmful.at(device))  # type: ignore[arg-type]
+
+    def check(self, backbone: Backbone, *, transfer: bool = False) -> None:
+        """Makes sure that it fits a denoiser.
+
+        Args:
+            backbone: the denoiser's.
+            transfer: whether another checkpoint of the same architecture will do.
+
+        Raises:
+            ArtefactError: if it doesn't.
+        """
+        try:
+            own = fingerprint(backbone, self.site)
+        except ValueError as error:
+            raise ArtefactError(f"{error}; {REMEDY}") from error
+        for fact, wanted in (self.model or {}).items():
+            if fact == "weights":
+                if not transfer and wanted is not None and own[fact] is not None and likeness(own[fact], wanted) < SAME_WEIGHTS:
+                    raise ArtefactError(
+                        f"the SAE at '{self.site}' was trained on another checkpoint; {REMEDY}, or set transfer=True if it is a relative"
+                    )
+            elif own.get(fact) != wanted:
+                raise ArtefactError(
+                    f"the SAE at '{self.site}' was trained on a model whose {fact} is {wanted}; this one's is {own.get(fact)}; {REMEDY}"
+                )
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Makes sure that a site's tokens [batch, tokens, width] have the SAE's width.
+
+        Raises:
+            ArtefactError: if not.
+        """
+        if tokens.shape[-1] != self.sae.token_width:
+            raise ArtefactError(f"this SAE takes width {self.sae.token_width}, but '{self.site}' has {tokens.shape[-1]}; {REMEDY}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, weights in half precision, atomically."""
+        facts = {
+            "settings": self.sae.settings, "moments": self.moments, "site": self.site, "operator": self.operator, "threshold": self.threshold,
+            "risks": self.risks, "model": dict(self.model) if self.model else None,
+            "calibration": asdict(self.calibration) if self.calibration else None,
+        }  # fmt: skip
+        single = ("threshold", "scale")
+        tensors = {
+            f"sae.{name}": value if name in single else value.half() for name, value in self.sae.state_dict().items() if value is not None
+        }
+        tensors |= {f"adapted.{name}": value.half() for name, value in self.adapted.state_dict().items()}
+        tensors |= {f"harmful.{name}": value for name, value in vars(self.harmful).items()}
+        partial = Path(path).with_name(f"{Path(path).name}.partial")
+        try:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"format": FORMAT, "facts": json.dumps(facts)})
+        except SafetensorError as error:
+            raise OSError(f"{path} can't be written: {error}") from error
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Dictionary:
+        """Reads a dictionary.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged, or holds something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(f"{path} can't be read as a safety dictionary ({error}); {REMEDY}") from error
+        if metadata.get("format") != FORMAT:
+            raise ArtefactError(f"{path} holds no safety dictionary ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}")
+        try:
+            facts: dict[str, Any] = json.loads(metadata["facts"])
+            made = _assembled(facts, tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtefactError(f"{path} lacks a part of a safety dictionary, or has one too many ({error}); {REMEDY}") from error
+        if flaw := made._flaw():
+            raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        return made
+
+    def _flaw(self) -> str | None:
+        """What is wrong, if anything."""
+        shapes = {tuple(tensor.shape) for tensor in vars(self.harmful).values()}
+        if len(shapes) != 1 or len(self.moments) not in {shape[0] for shape in shapes}:
+            return "has no harmful features for each time point"
+        if not bool((self.harmful.features < self.sae.latents).all()) or bool((self.harmful.features < 0).any()):
+            return f"names features beyond its {self.sae.latents}"
+        floating = [*self.sae.state_dict().values(), *self.adapted.state_dict().values(), *vars(self.harmful).values()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in floating if tensor is not None):
+            return "contains NaN or infinite values"
+        if not all(map(math.isfinite, (self.threshold or 0.0, *self.moments))):
+            return "has a threshold or time points that are no numbers"
+        return None if self.operator in get_args(Operator) else f"has an unknown operator {self.operator!r}"
+
+
+def _assembled(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Dictionary:
+    """From what a file holds."""
+    settings = facts["settings"]
+    sae, adapted = SAE(**settings), Decoder(settings["latents"], settings["width"])
+    for net, name in ((sae, "sae."), (adapted, "adapted.")):
+        net.load_state_dict({key.removeprefix(name): value.float() for key, value in tensors.items() if key.startswith(name)})
+        net.eval().requires_grad_(False)
+    harmful = Harmful(**{key.removeprefix("harmful."): value for key, value in tensors.items() if key.startswith("harmful.")})
+    calibration = Calibration(**facts["calibration"]) if facts["calibration"] else None
+    return Dictionary(
+        sae, adapted, harmful, tuple(facts["moments"]), facts["site"], facts["operator"], facts["threshold"], tuple(facts["risks"]),
+        calibration, facts["model"],
+    )  # fmt: skip
+
+
+def stored(sae: SAE, adapted: Decoder) -> tuple[SAE, Decoder]:
+    """Both in the precision in which they are saved, so that what is calibrated is what is shipped."""
+    with torch.no_grad():
+        for parameter in (*sae.parameters(), *adapted.parameters()):
+            parameter.copy_(parameter.half().float())
+    return sae, adapted
+
+
+def top_features(harm: Tensor, features: Sequence[int], count: int) -> list[int]:
+    """The features that fired most in one picture, [tokens, H]."""
+    totals = harm.sum(0)
+    order = totals.argsort(descending=True)[:count].tolist()
+    return [features[place] for place in order if totals[place] > 0]

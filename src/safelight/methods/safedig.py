@@ -1,0 +1,173 @@
+"""SafeDIG: sparse features that speak of a risk are steered at a few positions of a diffusion transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Interval
+from torch import Tensor
+
+from ..backbone import Backbone
+from ..dictionary import Dictionary, Operator, top_features
+from ..errors import ArtefactError
+from ..flow import put
+from ..method import Method
+from ..site import Site
+
+Share = Annotated[float, Interval(ge=0, le=1)]
+Strength = Annotated[float, Interval(ge=0, le=10)]
+NAMED = 5
+"""So many features are named in a record."""
+
+
+@dataclass(kw_only=True, eq=False)
+class SafeDIG(Method):
+    """Steers activations by a sparse dictionary whose encoder is frozen and whose decoder was adapted to the risk.
+
+    SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
+    Repel is a′ = a - γ (M ⊙ z) W_dec with M the harmful features. A picture whose harmful features stay below a calibrated threshold
+    is left alone.
+    """
+
+    dictionaries: tuple[Dictionary, ...] = field(metadata={"artefact": "dictionaries"})
+    """One per position; from `safelight train safedig`."""
+    operator: Literal["routed", "blend", "repel"] = "routed"
+    """What is done; by default what routing chose for each position."""
+    mode: Literal["residual", "paper"] = "residual"
+    """`residual` adds what changes, so that reconstruction errors stay out. `paper`: a′ = (1 - β) a + β D_adapted(E(a)), and
+    a′ = a - γ (D_source(M ⊙ z) - a)."""
+    beta: Strength = 1.0
+    """The strength of Blend; published: 0.2 for FLUX, 1.5 for SD 3.5."""
+    gamma: Strength = 1.0
+    """The strength of Repel; published: 0.1, with a target domain 0.2."""
+    after: Share = 0.0
+    """The share of the steps before steering begins."""
+    until: Share = 1.0
+    """The share of the steps after which it ends."""
+    gated: bool = True
+    """Whether only pictures are steered whose harmful features fire; published: no."""
+    watch: Share = 0.3
+    """The share of the steps in which the gate looks; who was found is steered from then on."""
+    threshold: float | None = None
+    """The gate's threshold; by default that of the dictionary that looks."""
+    transfer: bool = False
+    """Whether dictionaries of another checkpoint of the same architecture will do."""
+
+    @classmethod
+    def published(cls, dictionaries: Iterable[Dictionary], *, beta: float = 0.2, gamma: float = 0.2) -> SafeDIG:
+        """The method as published: no gate, and the paper's operators and strengths (β = 1.5 for SD 3.5)."""
+        return cls(dictionaries=tuple(dictionaries), mode="paper", beta=beta, gamma=gamma, gated=False)
+
+    def sites(self, backbone: Backbone) -> Iterable[Site | str]:
+        """The positions.
+
+        Raises:
+            ArtefactError: if there are none, two are of one site, one was made for another model, or none can tell whom to steer.
+        """
+        if not self.dictionaries:
+            raise ArtefactError("safedig has no dictionary; make one with `safelight train safedig`")
+        if self.gated and all(dictionary.threshold is None for dictionary in self.dictionaries):
+            raise ArtefactError("none of safedig's dictionaries has a threshold; calibrate one, or set gated=False to steer every picture")
+        found = [dictionary.site for dictionary in self.dictionaries]
+        if len(set(found)) < len(found):
+            raise ArtefactError(f"safedig has two dictionaries of one site ({', '.join(found)}); give one for each position")
+        for dictionary in self.dictionaries:
+            dictionary.check(backbone, transfer=self.transfer)
+        return found
+
+    def begin(self) -> None:
+        """Nothing is known yet."""
+        self.known = {dictionary.site: dictionary for dictionary in self.dictionaries}
+        self.flagged: dict[int, int] = {}
+        """Image -> the step in which its harmful features fired."""
+        self.best: dict[int, float] = {}
+
+    def edit(self, site: Site, tokens: Tensor) -> Tensor:
+        """Looks at the harmful features of each picture, and steers those in which they fire."""
+        dictionary = self._dictionary(site, tokens)
+        strength = self.beta if self._operator(dictionary) == "blend" else self.gamma
+        index, total = self.run.index, self.run.total
+        steering = bool(strength) and round(self.after * total) <= index < round(self.until * total)
+        images = self._images()
+        if self.gated and strength and dictionary.threshold is not None and index < max(1, round(self.watch * total)):
+            self._look(dictionary, dictionary.threshold if self.threshold is None else self.threshold, tokens, images)
+        rows = [row for row, image in enumerate(images) if image is not None and (image in self.flagged or not self.gated)]
+        if not steering or not rows:
+            return tokens
+        everyone = len(rows) == len(tokens)
+        own = tokens if everyone else tokens[rows]
+        changed = self._steered(dictionary, own)
+        if not self.gated:
+            for row in rows:
+                self._note(images[row], index, dictionary)
+        return changed if everyone else put(tokens, rows, changed)
+
+    def _dictionary(self, site: Site, tokens: Tensor) -> Dictionary:
+        """That of a site, where the tokens are."""
+        dictionary = self.known[str(site)]
+        dictionary.check_tokens(tokens)
+        self.known[str(site)] = dictionary.at(tokens.device)
+        return self.known[str(site)]
+
+    def _operator(self, dictionary: Dictionary) -> Operator:
+        return dictionary.operator if self.operator == "routed" else self.operator
+
+    def _images(self) -> list[int | None]:
+        """The image of each row; None where a gate around this method says no."""
+        assert self.run.call is not None
+        return [image if self.confined_to is None or image in self.confined_to else None for image in self.run.call.samples]
+
+    def _look(self, dictionary: Dictionary, limit: float, tokens: Tensor, images: list[int | None]) -> None:
+        """Scores the pictures that haven't been found yet."""
+        rows = [row for row, image in enumerate(images) if image is not None and image not in self.flagged]
+        if not rows:
+            return
+        moment = dictionary.moment(self.run.progress)
+        own = tokens if len(rows) == len(tokens) else tokens[rows]
+        harm = dictionary.harm(dictionary.sae.inward(own.float()), moment)
+        for place, (row, score) in enumerate(
+            zip(rows, dictionary.scores(harm, moment).tolist(), strict=True)
+        ):  # the one wait for the device
+            image = images[row]
+            assert image is not None
+            self.best[image] = max(score, self.best.get(image, score))
+            self.note(image, score=self.best[image], threshold=limit)
+            if score > limit:
+                self._find(image, dictionary, harm[place], moment)
+
+    def _find(self, image: int, dictionary: Dictionary, harm: Tensor, moment: int) -> None:
+        """Remembers that a picture's harmful features fired, and which."""
+        self.flagged[image] = self.run.index
+        fired = top_features(harm, dictionary.harmful.features[moment].tolist(), NAMED)
+        self.run.record("features", image=image, site=dictionary.site, features=fired)
+        self.note(image, flagged=True, concept=", ".join(dictionary.risks) or None)
+        self.note(image, note=f"features {', '.join(map(str, fired))} at {dictionary.site}")
+        self._note(image, self.run.index, dictionary)
+
+    def _note(self, image: int | None, index: int, dictionary: Dictionary) -> None:
+        assert image is not None
+        operator = self._operator(dictionary)
+        start = max(index, round(self.after * self.run.total))
+        self.note(
+            image, action="blended" if operator == "blend" else "repelled", steps=(start, round(self.until * self.run.total)),
+            strength=self.beta if operator == "blend" else self.gamma,
+        )  # fmt: skip
+
+    def _steered(self, dictionary: Dictionary, tokens: Tensor) -> Tensor:
+        """Blend or Repel, [batch, tokens, width]."""
+        sae, moment = dictionary.sae, dictionary.moment(self.run.progress)
+        seen = sae.inward(tokens.float())
+        if self._operator(dictionary) == "blend":
+            values = sae.features(seen).values
+            if self.mode == "paper":
+                change = self.beta * (dictionary.adapted(values) - seen)
+            else:
+                change = self.beta * (dictionary.adapted(values) - sae.decoder(values))
+        else:
+            harm = dictionary.harm(seen, moment)
+            harmful = harm @ dictionary.adapted.weight[dictionary.harmful.features[moment]]
+            change = -self.gamma * (harmful + dictionary.adapted.bias - seen if self.mode == "paper" else harmful)
+        return torch.add(tokens.float(), sae.outward(change)).to(tokens.dtype)
