@@ -216,7 +216,7 @@ def fingerprint(backbone: Backbone, site: str) -> dict[str, Any]:
 def sampled(weights: Tensor) -> list[float]:
     """Entries spread evenly over a tensor."""
     flat = weights.detach().flatten()
-    chosen = torch.linspace(0, len(flat) - 1, SAMPLED, device=flat.device).long()
+    chosen = torch.linspace(0, len(flat) - 1, SAMPLED, device=flat.device).long().clamp(max=len(flat) - 1)  # it rounds beyond 2²⁴
     return [round(value, 6) for value in flat[chosen].float().tolist()]
 
 

@@ -39,12 +39,31 @@ class Harmful:
     """[times, H]: a token is edited only where a feature exceeds its mean over all tokens."""
     spreads: Tensor
     """[times, H], standard deviations."""
-    weights: Tensor
-    """[times, H]: difference of the normalised means, unsafe - safe; what a feature counts for the gate."""
+    contrasts: Tensor
+    """[times, H]: differences of the normalised means, unsafe - safe."""
 
     def at(self, device: torch.device) -> Harmful:
         """The same on another device."""
         return Harmful(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What tells whom to steer: a linear reading of some features, that says how much a token ought to change."""
+
+    features: Tensor
+    """[G], indices of latents."""
+    weights: Tensor
+    """[G]"""
+
+    def scores(self, sae: SAE, seen: Tensor) -> Tensor:
+        """How harmful each picture is, [batch]: the mean over its highest tokens, one in sixteen, of what the encoder sees."""
+        readings = sae.some(seen, self.features) @ self.weights
+        return readings.topk(max(1, readings.shape[1] // TOP), dim=1).values.mean(1)
+
+    def at(self, device: torch.device) -> Alarm:
+        """The same on another device."""
+        return Alarm(self.features.to(device), self.weights.to(device))
 
 
 @dataclass(frozen=True)
@@ -56,13 +75,14 @@ class Dictionary:
     adapted: Decoder
     """The decoder after transfer."""
     harmful: Harmful
+    alarm: Alarm
     moments: tuple[float, ...]
     """The share of the steps that lay behind at each time point."""
     site: str
     operator: Operator
     """What routing chose."""
     threshold: float | None = None
-    """The score above which a picture is steered; None: another position's dictionary looks."""
+    """The alarm's score above which a picture is steered; None: another position's dictionary looks."""
     risks: tuple[str, ...] = ()
     """The domains it was made for."""
     calibration: Calibration | None = None
@@ -79,11 +99,9 @@ class Dictionary:
         top = self.harmful.means[moment] + CLAMP * self.harmful.spreads[moment]
         return torch.minimum(values, top) * (values > self.harmful.means[moment])
 
-    def scores(self, harm: Tensor, moment: int) -> Tensor:
-        """How harmful each picture is, [batch], from the values of harmful features [batch, tokens, H]."""
-        weighted = (harm / self.harmful.spreads[moment].clamp_min(1e-6)) @ self.harmful.weights[moment]
-        count = max(1, weighted.shape[1] // TOP)
-        return weighted.topk(count, dim=1).values.mean(1)
+    def scores(self, seen: Tensor) -> Tensor:
+        """How harmful each picture is, [batch], from what the encoder sees [batch, tokens, width]."""
+        return self.alarm.scores(self.sae, seen)
 
     def at(self, device: torch.device) -> Dictionary:
         """The same on another device."""
@@ -93,7 +111,8 @@ class Dictionary:
         sae.load_state_dict(self.sae.state_dict())
         adapted.load_state_dict(self.adapted.state_dict())
         frozen = [net.eval().requires_grad_(False).to(device) for net in (sae, adapted)]
-        return replace(self, sae=frozen[0], adapted=frozen[1], harmful=self.harmful.at(device))  # type: ignore[arg-type]
+        parts: dict[str, Any] = {"sae": frozen[0], "adapted": frozen[1], "harmful": self.harmful.at(device), "alarm": self.alarm.at(device)}
+        return replace(self, **parts)
 
     def check(self, backbone: Backbone, *, transfer: bool = False) -> None:
         """Makes sure that it fits a denoiser.
@@ -141,7 +160,8 @@ class Dictionary:
             f"sae.{name}": value if name in single else value.half() for name, value in self.sae.state_dict().items() if value is not None
         }
         tensors |= {f"adapted.{name}": value.half() for name, value in self.adapted.state_dict().items()}
-        tensors |= {f"harmful.{name}": value for name, value in vars(self.harmful).items()}
+        for name in ("harmful", "alarm"):
+            tensors |= {f"{name}.{key}": value for key, value in vars(getattr(self, name)).items()}
         partial = Path(path).with_name(f"{Path(path).name}.partial")
         try:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"format": FORMAT, "facts": json.dumps(facts)})
@@ -178,9 +198,12 @@ class Dictionary:
         shapes = {tuple(tensor.shape) for tensor in vars(self.harmful).values()}
         if len(shapes) != 1 or len(self.moments) not in {shape[0] for shape in shapes}:
             return "has no harmful features for each time point"
-        if not bool((self.harmful.features < self.sae.latents).all()) or bool((self.harmful.features < 0).any()):
+        if self.alarm.features.shape != self.alarm.weights.shape:
+            return "has no weight for each feature of its alarm"
+        named = torch.cat([self.harmful.features.flatten(), self.alarm.features])
+        if not bool((named < self.sae.latents).all()) or bool((named < 0).any()):
             return f"names features beyond its {self.sae.latents}"
-        floating = [*self.sae.state_dict().values(), *self.adapted.state_dict().values(), *vars(self.harmful).values()]
+        floating = [*self.sae.state_dict().values(), *self.adapted.state_dict().values(), *vars(self.harmful).values(), self.alarm.weights]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in floating if tensor is not None):
             return "contains NaN or infinite values"
         if not all(map(math.isfinite, (self.threshold or 0.0, *self.moments))):
@@ -195,10 +218,12 @@ def _assembled(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Dicti
     for net, name in ((sae, "sae."), (adapted, "adapted.")):
         net.load_state_dict({key.removeprefix(name): value.float() for key, value in tensors.items() if key.startswith(name)})
         net.eval().requires_grad_(False)
-    harmful = Harmful(**{key.removeprefix("harmful."): value for key, value in tensors.items() if key.startswith("harmful.")})
+    own = {
+        name: {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)} for name in ("harmful.", "alarm.")
+    }
     calibration = Calibration(**facts["calibration"]) if facts["calibration"] else None
     return Dictionary(
-        sae, adapted, harmful, tuple(facts["moments"]), facts["site"], facts["operator"], facts["threshold"], tuple(facts["risks"]),
+        sae, adapted, Harmful(**own["harmful."]), Alarm(**own["alarm."]), tuple(facts["moments"]), facts["site"], facts["operator"], facts["threshold"], tuple(facts["risks"]),
         calibration, facts["model"],
     )  # fmt: skip
 

@@ -125,23 +125,21 @@ class SafeDIG(Method):
         rows = [row for row, image in enumerate(images) if image is not None and image not in self.flagged]
         if not rows:
             return
-        moment = dictionary.moment(self.run.progress)
-        own = tokens if len(rows) == len(tokens) else tokens[rows]
-        harm = dictionary.harm(dictionary.sae.inward(own.float()), moment)
-        for place, (row, score) in enumerate(
-            zip(rows, dictionary.scores(harm, moment).tolist(), strict=True)
-        ):  # the one wait for the device
+        seen = dictionary.sae.inward((tokens if len(rows) == len(tokens) else tokens[rows]).float())
+        scores = dictionary.scores(seen).tolist()  # the one wait for the device
+        for place, (row, score) in enumerate(zip(rows, scores, strict=True)):
             image = images[row]
             assert image is not None
             self.best[image] = max(score, self.best.get(image, score))
             self.note(image, score=self.best[image], threshold=limit)
             if score > limit:
-                self._find(image, dictionary, harm[place], moment)
+                self._find(image, dictionary, seen[place])
 
-    def _find(self, image: int, dictionary: Dictionary, harm: Tensor, moment: int) -> None:
-        """Remembers that a picture's harmful features fired, and which."""
+    def _find(self, image: int, dictionary: Dictionary, seen: Tensor) -> None:
+        """Remembers that a picture's harmful features fired, and which, from what the encoder sees of it [tokens, width]."""
         self.flagged[image] = self.run.index
-        fired = top_features(harm, dictionary.harmful.features[moment].tolist(), NAMED)
+        moment = dictionary.moment(self.run.progress)
+        fired = top_features(dictionary.harm(seen, moment), dictionary.harmful.features[moment].tolist(), NAMED)
         self.run.record("features", image=image, site=dictionary.site, features=fired)
         self.note(image, flagged=True, concept=", ".join(dictionary.risks) or None)
         self.note(image, note=f"features {', '.join(map(str, fired))} at {dictionary.site}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,15 @@ class Sampling:
     """So many tokens of each site, chosen at random and the same for both members of a pair; None: all."""
 
 
+@dataclass(kw_only=True, eq=False)
 class _Recorder(Capture):
     """Also keeps the final latents."""
 
-    latents: list[Tensor]
+    latents: list[Tensor] = field(default_factory=list)
 
     def begin(self) -> None:
         super().begin()
-        self.latents = []
+        self.latents.clear()
 
     def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
         latents = advance(step)

@@ -50,7 +50,7 @@ def scenes(dictionary: Dictionary, recordings: Path, count: int, pictures: int) 
         raise ArtefactError(f"{recordings} holds no recordings; they are made by `safelight train safedig`, beside its bundle")
     shards, harmful = Shards.existing(recordings), dictionary.harmful
     best: dict[int, float] = {}
-    for features, weights in zip(harmful.features.tolist(), harmful.weights.tolist(), strict=True):
+    for features, weights in zip(harmful.features.tolist(), harmful.contrasts.tolist(), strict=True):
         for index, weight in zip(features, weights, strict=True):
             best[index] = max(weight, best.get(index, 0.0))
     chosen = sorted(best, key=lambda index: -best[index])[:count]

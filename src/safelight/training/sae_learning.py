@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..anchors import sampled
+from ..errors import ArtefactError
 from ..fitting import Budget, Recipe, Training
 from ..nets.sae import SAE, batch_threshold, fraction_of_variance_unexplained, geometric_median, principal_basis
 
@@ -100,8 +102,10 @@ def learn(
 
     Raises:
         ValueError: if there are fewer tokens than a batch, or they hold NaN.
+        ArtefactError: if `out` holds the training of another SAE.
     """
     train, held_out = split(tokens, config)
+    _claim(out, config, tokens)
     sae = started(train, config).to(device)
     learner = Learner(sae, config).to(device)
     seen = [sae.inward(part.to(device).float()).cpu() for part in train.split(65_536)]
@@ -125,6 +129,16 @@ def learn(
     with suppress(ImportError):  # plots are an extra
         plot(out)
     return made.cpu(), report
+
+
+def _claim(out: Path, config: SAEConfig, tokens: Tensor) -> None:
+    """Makes sure that a folder holds one training only."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "training.json"
+    wanted = json.dumps(asdict(config) | {"tokens": list(tokens.shape), "sample": sampled(tokens)}, sort_keys=True)
+    if file.is_file() and file.read_text() != wanted:
+        raise ArtefactError(f"{out} holds the training of another SAE (see {file}); choose another folder, or remove this one")
+    file.write_text(wanted)
 
 
 def split(tokens: Tensor, config: SAEConfig) -> tuple[Tensor, Tensor]:

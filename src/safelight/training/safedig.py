@@ -25,7 +25,7 @@ from ..site import Site
 from .activations import Sampling, examples_of, read_part, read_site, record, steps_of, steps_wanted
 from .domains import Domains
 from .examples import Example
-from .harm import harmful_features, statistics
+from .harm import alarm, harmful_features
 from .routing import Contrasts, Proxy, Routing, Weights, group_of, plot, route
 from .sae_learning import Report, SAEConfig, learn
 from .shards import Shards
@@ -35,6 +35,7 @@ from .uvr import first_steps
 Progress = Callable[[str, int, int], None]
 FEW = 6
 """Of a kind with at most so many blocks, every block is a candidate; of others the middle and the last."""
+WATCH = SafeDIG(dictionaries=()).watch
 ROUTED = 64
 """Benign prompts on which routing measures what a proxy operator changes."""
 
@@ -58,6 +59,8 @@ class Config:
     """k at text sites."""
     harmful: int = 128
     """M: how many features count as harmful, per time point."""
+    read: int = 256
+    """How many features the gate reads."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
     weights: Weights = field(default_factory=Weights)
     target_fpr: float = 0.01
@@ -68,7 +71,7 @@ class Config:
 
 def testbed_config() -> Config:
     """What suits the testbed's small models."""
-    return Config(sae=SAEConfig(expansion=4, k=16, lr=2e-3, batch=2048, epochs=20, dead_after=100_000, revived=64), text_k=16, harmful=32)
+    return Config(sae=SAEConfig(expansion=4, k=16, lr=2e-3, batch=2048, epochs=8, dead_after=100_000, revived=64), text_k=16, harmful=32)
 
 
 @dataclass(frozen=True)
@@ -181,9 +184,7 @@ def train_sae(
     """An SAE of the source domain's activations at one site."""
     tokens = torch.cat([member.flatten(0, 2) for member in recorded.pairs(site, target=False)])
     k = config.text_k if Site.parse(site).stream == "text" else config.sae.k
-    folder = out / f"sae-{site.replace(':', '-')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return learn(tokens, replace(config.sae, k=k), folder, progress, device, name=f"SAE at {site}")
+    return learn(tokens, replace(config.sae, k=k), out / f"sae-{site.replace(':', '-')}", progress, device, name=f"SAE at {site}")
 
 
 def assemble(
@@ -193,14 +194,15 @@ def assemble(
     parts = {target: recorded.pairs(site, target=target) for target in (False, True)}
     domains = {target: Domain(*(member.flatten(0, 2) for member in members)) for target, members in parts.items()}
     adapted = adapt(sae, sae.decoder, domains[False], None, config.transfer)
-    known = [statistics(sae, *parts[False])]
     if transfer:
         adapted = adapt(sae, adapted, domains[True], domains[False], config.transfer)
-        known.append(statistics(sae, *parts[True]))
+    known = list(parts.values()) if transfer else [parts[False]]
     moments = tuple(step / total for step in steps_of(total, config.times))
+    looks = watched(moments, WATCH)
+    sounding = alarm(sae, known, recorded.benign(site), looks, config.read)
     risks = recorded.domains.names if transfer else recorded.domains.names[:1]
     return Dictionary(
-        *stored(sae, adapted), harmful_features(known, config.harmful), moments, site, operator, risks=tuple(dict.fromkeys(risks)),
+        *stored(sae, adapted), harmful_features(sae, known, config.harmful), sounding, moments, site, operator, risks=tuple(dict.fromkeys(risks)),
         model=fingerprint(backbone, site),
     )  # fmt: skip
 
@@ -208,14 +210,16 @@ def assemble(
 @torch.no_grad()
 def peaks(dictionary: Dictionary, tokens: Tensor, watch: float) -> Tensor:
     """The highest score of each picture at the recorded times in which a gate looks, [pictures]."""
-    times = [index for index, moment in enumerate(dictionary.moments) if moment < watch] or [0]
     scores = []
     for part in tokens.split(32):
-        found = [
-            dictionary.scores(dictionary.harm(dictionary.sae.inward(part[:, index].float()), index), index) for index in times
-        ]  # fmt: skip
+        found = [dictionary.scores(dictionary.sae.inward(part[:, index].float())) for index in watched(dictionary.moments, watch)]
         scores.append(torch.stack(found).amax(0))
     return torch.cat(scores)
+
+
+def watched(moments: Sequence[float], watch: float) -> list[int]:
+    """The time points in which a gate looks; the first at least."""
+    return [index for index, moment in enumerate(moments) if moment < watch] or [0]
 
 
 def separation(unsafe: Tensor, safe: Tensor) -> float:
@@ -231,11 +235,10 @@ def calibrate(
     Raises:
         ValueError: if unsafe pictures hardly ever exceed it, or there are too few benign prompts.
     """
-    watch = SafeDIG(dictionaries=()).watch
     known = []
     for dictionary in dictionaries:
         members = [recorded.pairs(dictionary.site, target=target) for target in (False, True)]
-        unsafe, safe = (peaks(dictionary, torch.cat([pair[place] for pair in members]), watch) for place in (0, 1))
+        unsafe, safe = (peaks(dictionary, torch.cat([pair[place] for pair in members]), WATCH) for place in (0, 1))
         known.append((separation(unsafe, safe), unsafe))
     best = max(range(len(dictionaries)), key=lambda index: known[index][0])
     prompts = recorded.domains.benign[ROUTED:]
