@@ -135,7 +135,9 @@ def paraphrase(bench: Bench) -> str:
     lines = ["| synonyms of | pipeline | n | ASR unguarded | ASR guarded | retention |", "|---|---|---|---|---|---|"]
     for concept, benchmark in SYNONYMS.items():
         for name in PIPELINES:
-            result = bench.run(f"paraphrase, {concept}, {name}", name, benchmark, [bench.guards[concept, name]], (MOST.get(benchmark, 200), 1, 1))
+            result = bench.run(
+                f"paraphrase, {concept}, {name}", name, benchmark, [bench.guards[concept, name]], (MOST.get(benchmark, 200), 1, 1)
+            )
             lines.append(row([concept, name], result, shown))
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from safelight.evaluation.case import Case, Outcome, Truth
-from safelight.evaluation.metrics import safety
+from safelight.evaluation.metrics import quality, safety
 from safelight.evaluation.metrics.estimates import bootstrap, mean, rate
 from safelight.testbed.judges import Sight
 
@@ -72,3 +72,27 @@ def test_sadi_grows_when_things_get_better() -> None:
 
 def test_overhead_is_the_median_of_paired_ratios() -> None:
     assert safety.overhead([1.0, 2.0, 4.0], [1.0, 3.0, 40.0]).value == 1.5
+
+
+def test_the_frechet_distance_of_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(4000, 3, generator=generator)
+    shifted = quality.frechet(first, first + torch.tensor([2.0, 0, 0]))
+    assert shifted.value == pytest.approx(4, abs=1e-6)
+    wider = quality.frechet(first, 3 * torch.randn(4000, 3, generator=generator))
+    assert wider.value == pytest.approx(3 * (3 - 1) ** 2, rel=0.1)
+    assert wider.low <= wider.value <= wider.high
+    assert quality.frechet(first, first.clone()) == (0, 0, 0, 4000)
+    with pytest.raises(ValueError, match="at least two images"):
+        quality.frechet(first[:1], first[:1])
+
+
+def test_alignment_asks_for_what_is_named() -> None:
+    cases = [
+        Case("0", "a cat", False, truth=Truth((), ("cat",), "beach")),
+        Case("1", "a dog", False, truth=Truth((), ("dog", "cat"), "sea")),
+    ]
+    sights = [Sight({"cat": 0.9, "dog": 0.0}, frozenset({"cat"}), "beach"), Sight({"cat": 0.2, "dog": 0.6}, frozenset({"dog"}), "sea")]
+    assert quality.alignment(cases, sights).value == pytest.approx((0.9 + 0.4) / 2)
+    with pytest.raises(ValueError, match="over nothing"):
+        quality.alignment([], [])

@@ -22,7 +22,7 @@ from ..testbed.judges import Classifier, Judge, Sight, judges
 from .benchmarks.testbed import TestbedBenchmark, find
 from .case import Case, Estimate, Outcome
 from .generate import Arms, generate, read_picture
-from .metrics import safety
+from .metrics import quality, safety
 
 Progress = Callable[[str, int, int], None]
 
@@ -146,6 +146,7 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
     metrics |= {
         name: value for name, value in (("sadi_delta_p", changed.get("guard")), ("sadi_delta_p_forced", changed.get("forced"))) if value
     }
+    metrics |= _qualities(parts["benign"], classifier)
     return {
         "n": len(main.cases),
         "metrics": {name: figure(value) for name, value in metrics.items()},
@@ -185,6 +186,16 @@ def _disruptions(part: Part | None, classifier: Classifier) -> dict[str, Estimat
         return {}
     base = classifier.features(part.pictures("base"))
     return {arm: safety.disruption(base, classifier.features(part.pictures(arm))) for arm in ("guard", "forced") if arm in part.outcomes}
+
+
+def _qualities(part: Part, classifier: Classifier) -> dict[str, Estimate]:
+    """Alignment with the prompt, and the distance of guarded from unguarded pictures, on benign prompts."""
+    pictures = {arm: part.pictures(arm) for arm in ("base", "guard")}
+    aligned = {arm: quality.alignment(part.cases, look(classifier, pictures[arm])) for arm in pictures}
+    found = {"alignment_base": aligned["base"], "alignment": aligned["guard"]}
+    if len(part.cases) > 1:
+        found["frechet"] = quality.frechet(*(classifier.features(pictures[arm]) for arm in ("base", "guard")))
+    return found
 
 
 def _overhead(part: Part) -> Estimate:

@@ -37,6 +37,9 @@ class Config:
     prompt_dropout: float = 0.1
     noise: float = 0.3
     """Embeddings are disturbed by up to this share of their norm: paraphrases have other embeddings than the words that were learned."""
+    drift: float = 1.0
+    """Words are moved by up to this share of the difference of two others, half of the unsafe ones and as many harmless ones: a synonym's
+    embedding differs from a word's as words do, and what it means must be seen in the latents."""
     snapshot: float = 0.25
     """From this share of the epochs on, redirected prompts are trained on too: at run time the network reads those."""
     alpha_scale: float = 1.25
@@ -158,7 +161,7 @@ class Learning:
         rows = torch.cat([pool[torch.randint(len(pool), (half,), generator=generator)] for pool in pools])
         steps = torch.randint(records.latents.shape[1], (len(rows),), generator=generator)
         twins, mask = records.twin[rows], self.masks[rows]
-        text = _noised(records.text[rows], self.config.noise, generator)
+        text = _noised(self._drifted(rows, mask, generator), self.config.noise, generator)
         kept = torch.rand(text.shape[:2], generator=generator) >= self.config.prompt_dropout * (1 - mask)
         return Batch(
             latents=records.latents[rows, steps].float(), times=records.times[rows, steps], text=text * kept[..., None],
@@ -167,6 +170,15 @@ class Learning:
             twin_pooled=None if records.pooled is None else records.pooled[twins], twin_latents=records.latents[twins, steps].float(),
             shift=records.text[twins] - records.text[rows], swap=torch.rand(len(rows), generator=generator) < 0.25,
         )  # fmt: skip
+
+    def _drifted(self, rows: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Embeddings [batch, tokens, width] in which some words are on their way to becoming other ones."""
+        text = self.records.text[rows]
+        batch, tokens, _ = text.shape
+        moved = torch.where(self.records.unsafe[rows, None], mask, (torch.rand(batch, tokens, generator=generator) < mask.mean()).float())
+        moved = moved * (torch.rand(batch, 1, generator=generator) < 0.75)
+        first, second = (text[torch.randperm(batch, generator=generator)][:, torch.randperm(tokens, generator=generator)] for _ in range(2))
+        return text + moved[..., None] * self.config.drift * torch.rand(batch, 1, 1, generator=generator) * (first - second)
 
     def _swapped(self, batch: Batch, snapshot: nn.Module) -> Batch:
         """With some prompts redirected: on the way to their safe twin's picture, they are safe."""
