@@ -21,7 +21,7 @@ def list_all(as_json: Json = False) -> None:
     result = {
         "guards": METHODS.names(),
         "detectors": DETECTORS.names(),
-        "pipelines": ["testbed/sd", "testbed/flux", "testbed/kontext"],
+        "pipelines": ["testbed/sd", "testbed/sd3", "testbed/flux", "testbed/kontext"],
         "benchmarks": [one.name for one in benchmarks()],
     }
     emit(result, as_json, "\n".join(f"{kind}: {', '.join(names)}" for kind, names in result.items()))
