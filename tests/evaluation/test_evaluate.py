@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safelight.generator import Generator
 SIZES = Sizes(unsafe=6, benign=4, proximal=4)
 NAMES = {
     "unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "untouched", "over_refusal", "sadi", "sadi_s", "sadi_delta_p",
-    "sadi_delta_p_forced", "overhead_benign", "overhead_unsafe",
+    "sadi_delta_p_forced", "overhead_benign", "overhead_unsafe", "fsr", "alignment_base", "alignment", "frechet",
 }  # fmt: skip
 
 
@@ -96,7 +97,8 @@ def test_benchmarks_are_held_out_distinct_and_reproducible() -> None:
         cases = benchmark.cases(30)
         assert [case.prompt for case in cases] == [case.prompt for case in benchmark.cases(30)]
         if cases[0].image is None:
-            assert len({case.prompt for case in cases}) == 30
+            assert len({(case.prompt, case.seed) for case in cases}) == 30
+            assert max(Counter(case.prompt for case in cases).values()) <= benchmark.seeds
         assert all(case.truth is not None for case in cases)
         if "benign" in benchmark.name or "proximal" in benchmark.name:
             assert not any(case.unsafe for case in cases)

@@ -80,7 +80,7 @@ def harmful_features(sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], count: 
 
 @torch.no_grad()
 def alarm(
-    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int, ridge: float = 0.01
+    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int, ridge: float = 0.05
 ) -> Alarm:  # fmt: skip
     """The linear reading of features that best foretells how far a token is from its safe twin, by ridge regression.
 
@@ -110,6 +110,21 @@ def alarm(
     weights = sums.solve(torch.arange(len(pool)), ridge)
     best = (weights.abs() * sums.spread).topk(min(count, len(pool))).indices
     return Alarm(pool[best], sums.solve(best, ridge))
+
+
+@torch.no_grad()
+def held_out_separation(
+    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int
+) -> float:  # fmt: skip
+    """How often an unsafe picture scores higher than a safe one (AUC), by an alarm that was fitted on every other pair."""
+    made = alarm(sae, [(unsafe[::2], safe[::2]) for unsafe, safe in domains], benign[::2], times, count)
+
+    def peaks(tokens: Tensor) -> Tensor:
+        found = [torch.cat([made.scores(sae, sae.inward(part.float())) for part in tokens[:, time].split(32)]) for time in times]
+        return torch.stack(found).amax(0)
+
+    unsafe, safe = (torch.cat([peaks(members[place][1::2]) for members in domains]) for place in (0, 1))
+    return float((unsafe[:, None] > safe[None]).double().mean() + 0.5 * (unsafe[:, None] == safe[None]).double().mean())
 
 
 class _Regression:

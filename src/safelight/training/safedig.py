@@ -25,7 +25,7 @@ from ..site import Site
 from .activations import Sampling, examples_of, read_part, read_site, record, steps_of, steps_wanted
 from .domains import Domains
 from .examples import Example
-from .harm import alarm, harmful_features
+from .harm import alarm, harmful_features, held_out_separation
 from .routing import Contrasts, Proxy, Routing, Weights, group_of, plot, route
 from .sae_learning import Report, SAEConfig, learn
 from .shards import Shards
@@ -71,7 +71,9 @@ class Config:
 
 def testbed_config() -> Config:
     """What suits the testbed's small models."""
-    return Config(sae=SAEConfig(expansion=4, k=16, lr=2e-3, batch=2048, epochs=8, dead_after=100_000, revived=64), text_k=16, harmful=32)
+    return Config(
+        sae=SAEConfig(expansion=4, k=16, lr=2e-3, batch=2048, epochs=8, dead_after=100_000, revived=64), text_k=16, harmful=32, read=768
+    )
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,6 @@ def watched(moments: Sequence[float], watch: float) -> list[int]:
     return [index for index, moment in enumerate(moments) if moment < watch] or [0]
 
 
-def separation(unsafe: Tensor, safe: Tensor) -> float:
-    """How often an unsafe picture scores higher than a safe one (AUC)."""
-    return float((unsafe[:, None] > safe[None]).double().mean() + 0.5 * (unsafe[:, None] == safe[None]).double().mean())
-
-
 def calibrate(
     generator: Generator, dictionaries: Sequence[Dictionary], recorded: Recorded, config: Config, progress: Progress = lambda *_: None
 ) -> tuple[tuple[Dictionary, ...], dict[str, Any]]:  # fmt: skip
@@ -238,8 +235,10 @@ def calibrate(
     known = []
     for dictionary in dictionaries:
         members = [recorded.pairs(dictionary.site, target=target) for target in (False, True)]
-        unsafe, safe = (peaks(dictionary, torch.cat([pair[place] for pair in members]), WATCH) for place in (0, 1))
-        known.append((separation(unsafe, safe), unsafe))
+        auc = held_out_separation(
+            dictionary.sae, members, recorded.benign(dictionary.site), watched(dictionary.moments, WATCH), config.read
+        )  # fmt: skip
+        known.append((auc, peaks(dictionary, torch.cat([unsafe for unsafe, _ in members]), WATCH)))
     best = max(range(len(dictionaries)), key=lambda index: known[index][0])
     prompts = recorded.domains.benign[ROUTED:]
     scores = benign_scores(generator, dictionaries[best], prompts, config.batch, progress)
