@@ -37,9 +37,9 @@ from safelight.training.transfer import Domain, TransferConfig, adapt
 SETTINGS = call_settings("testbed/flux") | {"num_inference_steps": 3}
 SAMPLING = Sampling(("joint.0:image", "single.0:image"), times=2, tokens=5)
 PAIRS = [Pair(f"a knife on the {place}", f"a spoon on the {place}", "knife") for place in ("beach", "meadow", "snow")]
-SAE_CONFIG = SAEConfig(expansion=2, k=8, lr=3e-3, batch=256, epochs=6)
+SAE_CONFIG = SAEConfig(expansion=2, k=8, lr=3e-3, batch=256, epochs=10)
 CONFIG = Config(
-    times=3, sae=SAE_CONFIG, text_k=8, harmful=16, read=64, target_fpr=0.2, sites=("prompt:text", "joint.1:image", "single.0:image")
+    times=3, sae=SAE_CONFIG, text_k=8, harmful=16, read=384, target_fpr=0.3, sites=("prompt:text", "joint.1:image", "single.0:image")
 )
 
 
