@@ -37,7 +37,7 @@ class Config:
     prompt_dropout: float = 0.1
     noise: float = 0.3
     """Embeddings are disturbed by up to this share of their norm: paraphrases have other embeddings than the words that were learned."""
-    drift: float = 1.0
+    drift: float = 1.6
     """Words are moved by up to this share of the difference of two others, half of the unsafe ones and as many harmless ones: a synonym's
     embedding differs from a word's as words do, and what it means must be seen in the latents."""
     snapshot: float = 0.25
