@@ -118,20 +118,7 @@ class Anchors:
         Raises:
             ArtefactError: if they don't.
         """
-        try:
-            own = fingerprint(backbone, self.site)
-        except ValueError as error:
-            raise ArtefactError(f"{error}; {REMEDY}") from error
-        for fact, wanted in (self.model or {}).items():
-            if fact == "weights":
-                if not transfer and wanted is not None and own[fact] is not None and likeness(own[fact], wanted) < SAME_WEIGHTS:
-                    raise ArtefactError(
-                        f"these anchors were collected from another checkpoint; {REMEDY}, or set transfer=True if it is a relative of that model"
-                    )
-            elif own.get(fact) != wanted:
-                raise ArtefactError(
-                    f"these anchors were collected from a model whose {fact} is {wanted}; this one's is {own.get(fact)}; {REMEDY}"
-                )
+        check_model(backbone, self.site, self.model, "these anchors were collected from", REMEDY, transfer=transfer)
 
     def check_tokens(self, tokens: Tensor, layout: Layout) -> None:
         """Makes sure that a probe's output has the anchors' width.
@@ -211,6 +198,34 @@ def fingerprint(backbone: Backbone, site: str) -> dict[str, Any]:
         "heads": heads_of(module, block),
         "weights": sampled(weights) if readable and weights is not None else None,
     }
+
+
+def check_model(
+    backbone: Backbone, site: str, model: Mapping[str, Any] | None, origin: str, remedy: str, *, transfer: bool
+) -> None:  # fmt: skip
+    """Makes sure that a denoiser is the one whose fingerprint an artefact of a site holds.
+
+    Args:
+        backbone: the denoiser's.
+        site: the artefact's.
+        model: the fingerprint; None: any denoiser with that site will do.
+        origin: how the message begins, e.g. "these anchors were collected from".
+        remedy: what to do about it.
+        transfer: whether another checkpoint of the same architecture will do.
+
+    Raises:
+        ArtefactError: if it is another one.
+    """
+    try:
+        own = fingerprint(backbone, site)
+    except ValueError as error:
+        raise ArtefactError(f"{error}; {remedy}") from error
+    for fact, wanted in (model or {}).items():
+        if fact == "weights":
+            if not transfer and wanted is not None and own[fact] is not None and likeness(own[fact], wanted) < SAME_WEIGHTS:
+                raise ArtefactError(f"{origin} another checkpoint; {remedy}, or set transfer=True if it is a relative of that model")
+        elif own.get(fact) != wanted:
+            raise ArtefactError(f"{origin} a model whose {fact} is {wanted}; this one's is {own.get(fact)}; {remedy}")
 
 
 def sampled(weights: Tensor) -> list[float]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .anchors import SAME_WEIGHTS, fingerprint, likeness
+from .anchors import check_model
 from .backbone import Backbone
 from .calibration import Calibration
 from .errors import ArtefactError
@@ -124,20 +124,7 @@ class Dictionary:
         Raises:
             ArtefactError: if it doesn't.
         """
-        try:
-            own = fingerprint(backbone, self.site)
-        except ValueError as error:
-            raise ArtefactError(f"{error}; {REMEDY}") from error
-        for fact, wanted in (self.model or {}).items():
-            if fact == "weights":
-                if not transfer and wanted is not None and own[fact] is not None and likeness(own[fact], wanted) < SAME_WEIGHTS:
-                    raise ArtefactError(
-                        f"the SAE at '{self.site}' was trained on another checkpoint; {REMEDY}, or set transfer=True if it is a relative"
-                    )
-            elif own.get(fact) != wanted:
-                raise ArtefactError(
-                    f"the SAE at '{self.site}' was trained on a model whose {fact} is {wanted}; this one's is {own.get(fact)}; {REMEDY}"
-                )
+        check_model(backbone, self.site, self.model, f"the SAE at '{self.site}' was trained on", REMEDY, transfer=transfer)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Makes sure that a site's tokens [batch, tokens, width] have the SAE's width.

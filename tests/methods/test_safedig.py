@@ -23,8 +23,9 @@ from safelight.nets.sae import SAE, Decoder
 from safelight.testing import check_method, sample, tiny_pipeline
 from safelight.testing.methods import SAFE, UNSAFE
 from safelight.training.domains import Domains
+from safelight.training.harm import peaks
 from safelight.training.sae_learning import SAEConfig
-from safelight.training.safedig import Config, Recorded, assemble, gather, peaks, train_sae
+from safelight.training.safedig import Config, Recorded, assemble, gather, train_sae
 from safelight.training.transfer import TransferConfig
 
 KINDS = ("sd3", "flux", "kontext")
@@ -70,7 +71,9 @@ def _made(name: str, out: Path) -> tuple[Dictionary, ...]:
 
 
 def _between(recorded: Recorded, dictionary: Dictionary) -> float:
-    unsafe, safe = (peaks(dictionary, tokens, 1.0) for tokens in recorded.pairs(dictionary.site, target=False))
+    unsafe, safe = (
+        peaks(dictionary.sae, dictionary.alarm, tokens, range(STEPS)) for tokens in recorded.pairs(dictionary.site, target=False)
+    )
     assert float(unsafe.min()) > float(safe.max()), "the dictionary tells knives from cats"
     return float(unsafe.min() + safe.max()) / 2
 

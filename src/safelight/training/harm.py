@@ -113,17 +113,20 @@ def alarm(
 
 
 @torch.no_grad()
+def peaks(sae: SAE, sounding: Alarm, tokens: Tensor, times: Sequence[int]) -> Tensor:
+    """The highest score of each picture at some time points, [pictures], for tokens [pictures, times, tokens, width]."""
+    found = [torch.cat([sounding.scores(sae, sae.inward(part.float())) for part in tokens[:, time].split(32)]) for time in times]
+    return torch.stack(found).amax(0)
+
+
+@torch.no_grad()
 def held_out_separation(
     sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int
 ) -> float:  # fmt: skip
     """How often an unsafe picture scores higher than a safe one (AUC), by an alarm that was fitted on every other pair."""
     made = alarm(sae, [(unsafe[::2], safe[::2]) for unsafe, safe in domains], benign[::2], times, count)
 
-    def peaks(tokens: Tensor) -> Tensor:
-        found = [torch.cat([made.scores(sae, sae.inward(part.float())) for part in tokens[:, time].split(32)]) for time in times]
-        return torch.stack(found).amax(0)
-
-    unsafe, safe = (torch.cat([peaks(members[place][1::2]) for members in domains]) for place in (0, 1))
+    unsafe, safe = (torch.cat([peaks(sae, made, members[place][1::2], times) for members in domains]) for place in (0, 1))
     return float((unsafe[:, None] > safe[None]).double().mean() + 0.5 * (unsafe[:, None] == safe[None]).double().mean())
 
 

@@ -25,7 +25,7 @@ from ..site import Site
 from .activations import Sampling, examples_of, read_part, read_site, record, steps_of, steps_wanted
 from .domains import Domains
 from .examples import Example
-from .harm import alarm, harmful_features, held_out_separation
+from .harm import alarm, harmful_features, held_out_separation, peaks
 from .routing import Contrasts, Proxy, Routing, Weights, group_of, plot, route
 from .sae_learning import Report, SAEConfig, learn
 from .shards import Shards
@@ -209,16 +209,6 @@ def assemble(
     )  # fmt: skip
 
 
-@torch.no_grad()
-def peaks(dictionary: Dictionary, tokens: Tensor, watch: float) -> Tensor:
-    """The highest score of each picture at the recorded times in which a gate looks, [pictures]."""
-    scores = []
-    for part in tokens.split(32):
-        found = [dictionary.scores(dictionary.sae.inward(part[:, index].float())) for index in watched(dictionary.moments, watch)]
-        scores.append(torch.stack(found).amax(0))
-    return torch.cat(scores)
-
-
 def watched(moments: Sequence[float], watch: float) -> list[int]:
     """The time points in which a gate looks; the first at least."""
     return [index for index, moment in enumerate(moments) if moment < watch] or [0]
@@ -235,10 +225,9 @@ def calibrate(
     known = []
     for dictionary in dictionaries:
         members = [recorded.pairs(dictionary.site, target=target) for target in (False, True)]
-        auc = held_out_separation(
-            dictionary.sae, members, recorded.benign(dictionary.site), watched(dictionary.moments, WATCH), config.read
-        )  # fmt: skip
-        known.append((auc, peaks(dictionary, torch.cat([unsafe for unsafe, _ in members]), WATCH)))
+        times = watched(dictionary.moments, WATCH)
+        auc = held_out_separation(dictionary.sae, members, recorded.benign(dictionary.site), times, config.read)
+        known.append((auc, peaks(dictionary.sae, dictionary.alarm, torch.cat([unsafe for unsafe, _ in members]), times)))
     best = max(range(len(dictionaries)), key=lambda index: known[index][0])
     prompts = recorded.domains.benign[ROUTED:]
     scores = benign_scores(generator, dictionaries[best], prompts, config.batch, progress)
