@@ -112,7 +112,7 @@ def test_only_unsafe_conditional_rows_get_another_prompt(name: str) -> None:
     assert [action.action for action in actions] == ["none", "redirected", "none", "redirected"]
     assert actions[1].steps == (0, 3)
     assert actions[1].concept == "knife"
-    assert 0 < (actions[1].strength or 0) <= 1.75
+    assert 0 < (actions[1].strength or 0) <= 2.5
     assert handle.run is not None
     assert {event["image"] for event in handle.run.events} == {1, 3}
 
@@ -251,7 +251,7 @@ def test_several_concepts_are_noted_by_the_surest() -> None:
     action = handle.records[0].actions[0]
     assert action.flagged
     assert action.concept in ("knife", "blade")
-    assert (action.strength or 0) <= 1.75 + 1e-5
+    assert (action.strength or 0) <= 2.5 + 1e-5
 
 
 # Files

@@ -48,7 +48,7 @@ class SafeRedir(Method):
     """The probability above which a generation is redirected; by default each redirector's own."""
     hold: Share = 0.5
     """For a prompt that was redirected before, the threshold times this: who was led away once is more easily led again."""
-    alpha_scale: Annotated[float, Interval(ge=0, le=4)] = 1.75
+    alpha_scale: Annotated[float, Interval(ge=0, le=4)] = 2.5
     """s: how far tokens are moved, in units of their norm."""
     cooldown: Annotated[int, Ge(0)] = 2
     """K: so many steps after a redirection are not checked."""
