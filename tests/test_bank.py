@@ -80,13 +80,22 @@ def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, metri
     loaded.check(bag_of_words)
 
 
+def test_with_a_projection_only_unsafe_entries_keep_their_embeddings() -> None:
+    plain, bank = (Bank.build(bag_of_words, PAIRS, SAFE, metric=metric) for metric in ("cosine", "discriminant"))
+    assert torch.equal(bank.embeddings, plain.embeddings[:2])
+    assert bank.projection is not None
+    queries = embed_all(bag_of_words, ["a knife in the snow", "a cat"])
+    expected = squared_distances(queries @ bank.projection, plain.embeddings @ bank.projection)
+    torch.testing.assert_close(bank.distances(queries), expected)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
     bank = Bank.build(bag_of_words, PAIRS)
     bank.save(path)
     before = path.read_bytes()
     with pytest.raises(AttributeError):
-        replace(bank, projection="no tensor").save(path)  # type: ignore[arg-type]
+        replace(bank, probes="no tensor").save(path)  # type: ignore[arg-type]
     assert path.read_bytes() == before
 
 
@@ -146,6 +155,10 @@ def parts(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ({"probes": torch.full((3, 64), torch.inf)}, {}, "NaN or infinite"),
         ({"projection": torch.full((64, 2), torch.nan)}, {}, "NaN or infinite"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, {}, "no label for each"),
+        ({"projected": torch.zeros(3, 2)}, {}, "no label for each"),
+        ({"projected": torch.full((6, 2), torch.nan)}, {}, "NaN or infinite"),
+        ({"projected": torch.zeros(6, 5)}, {}, "different widths"),
+        ({"embeddings": torch.zeros(1, 64)}, {}, "one safe twin for each"),
         ({"labels": torch.full((6,), 7)}, {}, "name no category"),
         ({"projection": torch.ones(8, 2)}, {}, "different widths"),
         ({"surprise": torch.ones(8, 2)}, {}, "one too many"),

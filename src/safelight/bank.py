@@ -18,7 +18,7 @@ from .calibration import Calibration
 from .errors import ArtefactError
 from .metric import discriminant, squared_distances
 
-FORMAT = "safelight-bank/1"
+FORMAT = "safelight-bank/2"
 PROBES = ("a photograph of a house by the sea", "two people talking in a garden", "abstract shapes in blue and yellow")
 """Prompts whose embeddings identify an encoder."""
 REMEDY = "make a new one with `safelight bank`"
@@ -43,7 +43,7 @@ class Bank:
     """
 
     embeddings: Tensor
-    """[entries, width], L2-normalised."""
+    """[entries, width], L2-normalised; unsafe entries come first. With a projection, those alone."""
     labels: Tensor
     """[entries]: 0 safe, else 1 + index of the category."""
     categories: tuple[str, ...]
@@ -60,6 +60,8 @@ class Bank:
     calibration: Calibration | None = None
     projection: Tensor | None = None
     """[width, dims]: distances are taken after this projection; None: between the embeddings themselves."""
+    projected: Tensor | None = None
+    """[entries, dims]: all entries after the projection, which are far smaller than their embeddings."""
 
     @classmethod
     def build(
@@ -86,14 +88,16 @@ class Bank:
         embeddings = embed_all(encode, [pair.unsafe for pair in pairs] + benign)
         labels = torch.tensor([1 + categories.index(pair.category) for pair in pairs] + [0] * len(benign))
         projection = discriminant(embeddings, labels, shrinkage) if metric == "discriminant" else None
-        twins = tuple(pair.safe for pair in pairs)
-        return cls(embeddings, labels, categories, embed_all(encode, PROBES), twins, projection=projection)
+        twins, projected = tuple(pair.safe for pair in pairs), None
+        if projection is not None:
+            embeddings, projected = embeddings[: len(pairs)], embeddings @ projection
+        return cls(embeddings, labels, categories, embed_all(encode, PROBES), twins, projection=projection, projected=projected)
 
     def distances(self, embeddings: Tensor) -> Tensor:
         """Squared distances [batch, entries] of L2-normalised embeddings [batch, width]; with cosine, twice 1 - likeness."""
-        if self.projection is None:
+        if self.projection is None or self.projected is None:
             return squared_distances(embeddings, self.embeddings)
-        return squared_distances(embeddings @ self.projection, self.embeddings @ self.projection)
+        return squared_distances(embeddings @ self.projection, self.projected)
 
     def with_shifts(self, tokens: Tensor, shifts: Tensor, pooled: Tensor | None) -> Bank:
         """This bank with token-wise shifts."""
@@ -126,8 +130,8 @@ class Bank:
         tensors = {"embeddings": self.embeddings.half(), "labels": self.labels, "probes": self.probes.half()}
         optional = {"tokens": self.tokens, "shifts": self.shifts, "pooled_shifts": self.pooled_shifts}
         tensors |= {name: tensor.half() for name, tensor in optional.items() if tensor is not None}
-        if self.projection is not None:
-            tensors["projection"] = self.projection  # whitening spans many orders of magnitude: too many for half precision
+        if self.projection is not None and self.projected is not None:  # whitening spans more orders of magnitude than half precision has
+            tensors |= {"projection": self.projection, "projected": self.projected}
         metadata = {
             "format": FORMAT,
             "categories": json.dumps(self.categories),
@@ -171,17 +175,19 @@ class Bank:
 
     def _flaw(self) -> str | None:
         """What is wrong with the tensors, if anything."""
-        floats = (self.embeddings, self.probes, self.tokens, self.shifts, self.pooled_shifts, self.projection)
+        floats = (self.embeddings, self.probes, self.tokens, self.shifts, self.pooled_shifts, self.projection, self.projected)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in floats if tensor is not None):
             return "contains NaN or infinite embeddings"
-        if self.embeddings.ndim != 2 or self.labels.shape != self.embeddings.shape[:1] or len(self.labels) == 0:
+        entries = self.embeddings if self.projected is None else self.projected
+        if self.embeddings.ndim != 2 or entries.ndim != 2 or self.labels.shape != entries.shape[:1] or len(self.labels) == 0:
             return "has no label for each embedding"
         if int(self.labels.min()) < 0 or int(self.labels.max()) > len(self.categories):
             return "has labels that name no category"
         width = self.embeddings.shape[1]
-        if self.probes.shape[1:] != (width,) or (self.projection is not None and self.projection.shape[:1] != (width,)):
+        expected = None if self.projected is None else (width, self.projected.shape[1])
+        if self.probes.shape[1:] != (width,) or (None if self.projection is None else tuple(self.projection.shape)) != expected:
             return "mixes embeddings of different widths"
-        if len(self.twins) != int((self.labels > 0).sum()):
+        if len(self.twins) != int((self.labels > 0).sum()) or len(self.embeddings) < len(self.twins):
             return "does not have one safe twin for each unsafe prompt"
         return None
 

@@ -44,7 +44,7 @@ class NearestTwin:
     def __call__(self, run: Run, samples: Sequence[int], verdicts: Sequence[Verdict]) -> Embedding:
         """Encodes the twins' texts."""
         embeddings = normalize(run.pool([run.prompts[i] for i in samples]).float().cpu(), dim=-1)
-        unsafe = self.bank.embeddings[self.bank.labels > 0]  # [unsafe, width]
+        unsafe = self.bank.embeddings[: len(self.bank.twins)]  # [unsafe, width]
         nearest = (embeddings @ unsafe.T).argmax(dim=-1)
         return run.encode([self.bank.twins[index] for index in nearest.tolist()])
 
