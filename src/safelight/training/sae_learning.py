@@ -61,7 +61,8 @@ class Report:
 
 
 class Learner(nn.Module):
-    """An SAE in training: unit rows by construction, so that the gradient along them vanishes, and what is dead is remembered."""
+    """An SAE in training. Its decoder's rows have unit norm: in the loss, so that the gradient along them vanishes, and after each step,
+    since rows that grow turn ever more slowly. What is dead is remembered."""
 
     def __init__(self, sae: SAE, config: SAEConfig) -> None:
         super().__init__()
@@ -71,6 +72,8 @@ class Learner(nn.Module):
 
     def loss(self, seen: Tensor) -> Tensor:
         """FVU, and the auxiliary loss over dead latents, of what the encoder sees [tokens, width]."""
+        with torch.no_grad():
+            self.sae.decoder.weight.copy_(F.normalize(self.sae.decoder.weight, dim=1))
         weight = F.normalize(self.sae.decoder.weight, dim=1)
         before = F.relu(self.sae.encoder(seen - self.sae.b_pre))
         with torch.no_grad():
@@ -116,8 +119,9 @@ def learn(
         return learner.loss(inner[rows].to(device))
 
     steps = max(1, math.ceil(config.epochs * len(inner) / config.batch))
-    # Adam with a linear decay; the averaged weights are as good and less noisy than the last ones
-    recipe = Recipe(config.lr, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.02, decay=0.98, ema=0.99, seed=config.seed, bf16=False)
+    # Adam with a linear decay; the averaged weights are as good and less noisy than the last ones. The loss falls by orders of magnitude,
+    # and a β2 of 0.999 would remember its first gradients for too long.
+    recipe = Recipe(config.lr, betas=(0.9, 0.98), weight_decay=0.0, warmup=0.02, decay=0.98, ema=0.99, seed=config.seed, bf16=False)
     training = Training(learner, loss, recipe, Budget(steps=steps), out, device)
     for state in training.run(every=max(1, min(50, steps // 10)), save_seconds=30):
         progress(f"{name} (FVU {state['loss']:.3f})"[:36], int(state["step"]), steps)

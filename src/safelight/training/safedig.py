@@ -72,7 +72,7 @@ class Config:
 def testbed_config() -> Config:
     """What suits the testbed's small models."""
     return Config(
-        sae=SAEConfig(expansion=4, k=16, lr=2e-3, batch=2048, epochs=8, dead_after=100_000, revived=64), text_k=16, harmful=32, read=768
+        sae=SAEConfig(expansion=4, k=16, lr=5e-3, batch=2048, epochs=8, dead_after=100_000, revived=64), text_k=16, harmful=32, read=768
     )
 
 
