@@ -62,7 +62,8 @@ class Report:
 
 class Learner(nn.Module):
     """An SAE in training. Its decoder's rows have unit norm: in the loss, so that the gradient along them vanishes, and after each step,
-    since rows that grow turn ever more slowly. What is dead is remembered."""
+    since rows that grow turn ever more slowly. What is dead is remembered.
+    """
 
     def __init__(self, sae: SAE, config: SAEConfig) -> None:
         super().__init__()
