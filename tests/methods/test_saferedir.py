@@ -24,6 +24,7 @@ from safelight.methods.gate import Gate
 from safelight.methods.negative_prompt import NegativePrompt
 from safelight.methods.saferedir import SafeRedir
 from safelight.nets.official_redirector import OfficialRedirector
+from safelight.nets.redirector import Aim
 from safelight.nets.redirector import Redirector as Network
 from safelight.redirector import Redirector, rounded
 from safelight.testing import NAMES, Containing, check_method, sample, tiny_pipeline
@@ -112,7 +113,7 @@ def test_only_unsafe_conditional_rows_get_another_prompt(name: str) -> None:
     assert [action.action for action in actions] == ["none", "redirected", "none", "redirected"]
     assert actions[1].steps == (0, 3)
     assert actions[1].concept == "knife"
-    assert 0 < (actions[1].strength or 0) <= 2.5
+    assert 0 < (actions[1].strength or 0) <= 2
     assert handle.run is not None
     assert {event["image"] for event in handle.run.events} == {1, 3}
 
@@ -237,6 +238,12 @@ def test_a_gate_confines_it() -> None:
     assert not torch.equal(images[3], expected[3])
 
 
+def test_a_weak_mask_moves_its_strongest_token_all_the_way() -> None:
+    mask = torch.tensor([[0.0, 0.01, 0.02], [0.0, 0.0, 0.0]])
+    aim = Aim(torch.zeros(2, 3, 4), mask, torch.full((2, 3, 1), 0.5), None)
+    torch.testing.assert_close(saferedir("sd")._strength(aim)[..., 0], torch.tensor([[0.0, 0.25, 0.5], [0.0, 0.0, 0.0]]))
+
+
 def test_it_stacks_with_another_guard() -> None:
     pipe = tiny_pipeline("sd")
     with guard(pipe, NegativePrompt(words="knife"), saferedir("sd")) as handle:
@@ -251,7 +258,7 @@ def test_several_concepts_are_noted_by_the_surest() -> None:
     action = handle.records[0].actions[0]
     assert action.flagged
     assert action.concept in ("knife", "blade")
-    assert (action.strength or 0) <= 2.5 + 1e-5
+    assert (action.strength or 0) <= 2 + 1e-5
 
 
 # Files

@@ -39,7 +39,7 @@ class SafeRedir(Method):
     """Redirects the prompt's embedding, token by token, while latents, timestep and prompt together look unsafe.
 
     SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623). Before a denoiser call a small network reads latents z, prompt p and
-    timestep t. If it finds them unsafe, p̂ = p + s · α · m ⊙ Δ/‖Δ‖ ⊙ ‖p‖ (per token) replaces p, and the next K steps are not checked.
+    timestep t. If it finds them unsafe, p̂ = p + s · α · m/max(m) ⊙ Δ/‖Δ‖ ⊙ ‖p‖ (per token) replaces p, and the next K steps are not checked.
     """
 
     redirectors: tuple[Redirector, ...] = field(metadata={"artefact": "redirectors"})
@@ -48,14 +48,14 @@ class SafeRedir(Method):
     """The probability above which a generation is redirected; by default each redirector's own."""
     hold: Share = 0.5
     """For a prompt that was redirected before, the threshold times this: who was led away once is more easily led again."""
-    alpha_scale: Annotated[float, Interval(ge=0, le=4)] = 2.5
+    alpha_scale: Annotated[float, Interval(ge=0, le=4)] = 2.0
     """s: how far tokens are moved, in units of their norm."""
     cooldown: Annotated[int, Ge(0)] = 2
     """K: so many steps after a redirection are not checked."""
     interval: Annotated[int, Ge(1)] = 3
     """A sample that looks safe is looked at again after so many steps (published: 1)."""
     masked: bool = True
-    """Whether the mask m scales what each token is moved by (published code: no, it cancels)."""
+    """Whether the mask m scales what each token is moved by, relative to the token that carries most (published code: no, it cancels)."""
     adaptive: bool = True
     """Whether α does; without, tokens are moved by s (times m)."""
     late: bool = False
@@ -201,9 +201,12 @@ class SafeRedir(Method):
         self._note_action(image, self.alpha_scale * float(used.max()))
 
     def _strength(self, aim: Aim) -> Tensor:
-        """α m, as far as they are in use, [rows, tokens, 1]."""
+        """α m / max m, as far as they are in use, [rows, tokens, 1].
+
+        In a prompt that was found unsafe something carries the concept, however little the mask makes of a word it never saw.
+        """
         strength = aim.alpha if self.adaptive else torch.ones_like(aim.alpha)
-        return strength * aim.mask[..., None] if self.masked else strength
+        return strength * (aim.mask / aim.mask.amax(-1, keepdim=True).clamp_min(1e-6))[..., None] if self.masked else strength
 
     def _redirected(self, call: Call, prompts: list[_Prompt]) -> Call:
         """The call with p̂ where there is one; the call itself where there is none."""

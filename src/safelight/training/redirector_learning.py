@@ -234,7 +234,7 @@ def visible(
 
 
 def redirected(text: Tensor, pooled: Tensor | None, aim: Aim, scale: float) -> tuple[Tensor, Tensor | None]:
-    """p̂ and its pooled companion, as `SafeRedir` makes them."""
+    """p̂ and its pooled companion, as `SafeRedir` makes them, but by the mask itself rather than relative to its peak: it is to be learned."""
     moved, _ = redirect(text, [(aim.delta, aim.alpha * aim.mask[..., None])], scale)
     if pooled is None or aim.pooled is None:
         return moved, pooled
