@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..attach import guard
 from ..backbone import Backbone
 from ..bank import Pair
 from ..errors import ArtefactError
-from ..flow import Step
 from ..generator import Generator
 from ..site import Site
 from .capture import Capture
@@ -40,23 +39,6 @@ class Sampling:
     """Evenly spread steps, the first among them; published: every 6th of 30."""
     tokens: int | None = None
     """So many tokens of each site, chosen at random and the same for both members of a pair; None: all."""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Recorder(Capture):
-    """Also keeps the final latents."""
-
-    latents: list[Tensor] = field(default_factory=list)
-
-    def begin(self) -> None:
-        super().begin()
-        self.latents.clear()
-
-    def step(self, step: Step, advance: Callable[[Step], Tensor]) -> Tensor:
-        latents = advance(step)
-        if self.run.index == self.run.total - 1:
-            self.latents.append(latents.detach().to("cpu", torch.float16, copy=True))
-        return latents
 
 
 def examples_of(pairs: Sequence[Pair], seeds: int = 1) -> list[Example]:
@@ -101,7 +83,7 @@ def record(
         "tokens": sampling.tokens,
     }  # fmt: skip
     shards, crew = Shards(out, identity), workers()
-    recorder = _Recorder(at=list(sampling.sites), steps=kept)
+    recorder = Capture(at=list(sampling.sites), steps=kept)
     for start in range(0, len(examples), batch)[crew.process_index :: crew.num_processes]:
         progress("recording", start, len(examples))
         chosen = range(start, min(start + batch, len(examples)))
@@ -129,9 +111,9 @@ def steps_wanted(generator: Generator) -> int:
     return int(given or inspect.signature(type(generator.pipe).__call__).parameters["num_inference_steps"].default)
 
 
-def _parts(recorder: _Recorder, sampling: Sampling, place: int, example: Example, picture: Any) -> dict[str, Tensor]:
+def _parts(recorder: Capture, sampling: Sampling, place: int, example: Example, picture: Any) -> dict[str, Tensor]:
     """What is stored of one picture."""
-    parts = {"latents": recorder.latents[0][place], "picture": thumbnail(picture), "unsafe": torch.tensor(bool(example.concept))}
+    parts = {"picture": thumbnail(picture), "unsafe": torch.tensor(bool(example.concept))}
     for site in sampling.sites:
         tokens = recorder.of(site, place)  # [times, tokens, width]
         if sampling.tokens is not None and sampling.tokens < tokens.shape[1]:
@@ -158,12 +140,7 @@ def read_site(shards: Shards, site: str, indices: Sequence[int]) -> Tensor:
     for index in indices:
         stored = shards.read(name_of(index))
         if site not in stored:
-            sites = ", ".join(name for name in stored if name not in ("latents", "picture", "unsafe"))
+            sites = ", ".join(name for name in stored if name not in ("picture", "unsafe"))
             raise ArtefactError(f"{shards.folder} holds no activations of '{site}', but of {sites}; record that site too")
         parts.append(stored[site])
     return torch.stack(parts)
-
-
-def read_part(shards: Shards, name: str, indices: Sequence[int]) -> Tensor:
-    """The final `latents`, or the `picture`, of some examples, stacked."""
-    return torch.stack([shards.read(name_of(index))[name] for index in indices])

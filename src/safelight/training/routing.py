@@ -19,6 +19,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from ..dictionary import Operator
 from ..site import Site
 
+PICTURES = 16
+"""So many pictures' activations are in single precision at a time."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -40,13 +43,13 @@ class Contrasts:
     """What the scores are computed from; small enough to keep."""
 
     shifts: Mapping[str, Tensor]
-    """Site -> a_safe - a_unsafe, averaged over tokens, [pairs, times, width]."""
+    """Site -> a_safe - a_unsafe, averaged over tokens by how much they differ, [pairs, times, width]."""
     categories: Tensor
     """[pairs], of int."""
-    outcomes: Tensor
-    """Difference of the final latents, [pairs, size]."""
+    foretold: Mapping[str, float]
+    """Site|operator -> the share of held-out a_safe - a_unsafe that the proxy operator makes."""
     updates: Mapping[str, Tensor]
-    """Site|operator -> relative update norm of the proxy operator, [prompts of source and target, times]."""
+    """Site|operator -> relative norm of what the proxy operator changes, [prompts of source and target, times]."""
     benign: Mapping[str, Tensor]
     """Site|operator -> the same on benign prompts."""
     flops: Mapping[str, float]
@@ -54,44 +57,70 @@ class Contrasts:
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
-        tensors = {"categories": self.categories, "outcomes": self.outcomes}
+        tensors = {"categories": self.categories}
         for name in ("shifts", "updates", "benign"):
             tensors |= {f"{name}/{key}": value for key, value in getattr(self, name).items()}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"flops": json.dumps(dict(self.flops))})
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        return {"flops": json.dumps(dict(self.flops)), "foretold": json.dumps(dict(self.foretold))}
 
     @classmethod
     def load(cls, path: Path) -> Contrasts:
         """Reads it back."""
         with safe_open(path, "pt") as file:
-            flops = json.loads((file.metadata() or {})["flops"])
+            known = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
         tensors = load_file(path)
         groups: dict[str, dict[str, Tensor]] = {"shifts": {}, "updates": {}, "benign": {}}
         for key, value in tensors.items():
             name, _, rest = key.partition("/")
             if rest:
                 groups[name][rest] = value
-        return cls(groups["shifts"], tensors["categories"], tensors["outcomes"], groups["updates"], groups["benign"], flops)
+        return cls(groups["shifts"], tensors["categories"], known["foretold"], groups["updates"], groups["benign"], known["flops"])
 
 
 class Proxy:
-    """A difference-of-means operator, in place of a dictionary that isn't trained yet."""
+    """What operators would do at a site, before there is a dictionary.
 
-    def __init__(self, unsafe: Tensor, safe: Tensor) -> None:
+    Blend: the affine map that best foretells from an unsafe token what is to be added to it, and nothing for safe ones (ridge regression).
+    Repel: the part of a token that points from the safe to the unsafe mean is taken away. Both are fitted on every other pair.
+    """
+
+    def __init__(self, unsafe: Tensor, safe: Tensor, ridge: float = 0.01) -> None:
         """From activations [pairs, times, tokens, width] of both members."""
-        means = [member.float().mean(dim=(0, 2)) for member in (unsafe, safe)]
+        means = [member[::2].float().mean(dim=(0, 2)) for member in (unsafe, safe)]
         self.safe, self.shift = means[1], means[1] - means[0]  # [times, width]
+        self.middle, self.offset = (means[0] + means[1]).mean(0) / 2, self.shift.mean(0) / 2
+        covariance, cross = (torch.zeros(unsafe.shape[-1], unsafe.shape[-1], dtype=torch.float64) for _ in range(2))
+        for own, twin in zip(unsafe[::2].split(PICTURES), safe[::2].split(PICTURES), strict=True):
+            first, second = ((member.float() - self.middle).flatten(0, 2) for member in (own, twin))
+            covariance += first.T @ first + second.T @ second
+            cross += first.T @ (second - first)
+        covariance += ridge * covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(len(covariance), dtype=torch.float64)
+        self.map = torch.linalg.solve(covariance, cross).float()
+
+    def change(self, tokens: Tensor, operator: Operator) -> Tensor:
+        """What is added to tokens [pictures, times, tokens, width]."""
+        if operator == "blend":
+            return (tokens.float() - self.middle) @ self.map + self.offset
+        direction = normalize(self.shift, dim=-1)[:, None]
+        return -((tokens.float() - self.safe[:, None]) * direction).sum(-1, keepdim=True).clamp_max(0) * direction
 
     def updates(self, tokens: Tensor, operator: Operator) -> Tensor:
-        """‖change‖ / ‖activations‖ of each picture and step, [pictures, times], for tokens [pictures, times, tokens, width].
+        """‖change‖ / ‖activations‖ of each picture and step, [pictures, times], for tokens [pictures, times, tokens, width]."""
+        norms = [
+            (self.change(part, operator).flatten(2).norm(dim=-1), part.float().flatten(2).norm(dim=-1)) for part in tokens.split(PICTURES)
+        ]  # fmt: skip
+        return torch.cat([change / own.clamp_min(1e-12) for change, own in norms])
 
-        Blend moves a token along the difference of means by its distance from the safe mean, both ways; Repel takes away only what
-        points to the unsafe mean.
-        """
-        tokens = tokens.float()
-        direction = normalize(self.shift, dim=-1)[:, None]
-        along = ((tokens - self.safe[:, None]) * direction).sum(-1)
-        change = along if operator == "blend" else along.clamp_max(0)
-        return change.norm(dim=-1) / tokens.flatten(2).norm(dim=-1).clamp_min(1e-12)
+    def foretold(self, unsafe: Tensor, safe: Tensor, operator: Operator) -> float:
+        """1 - ‖Δa - change‖² / ‖Δa‖² on the pairs that it wasn't fitted on: 1 if the change is what is needed, 0 if none is as good."""
+        missed, wanted = 0.0, 0.0
+        for own, twin in zip(unsafe[1::2].split(PICTURES), safe[1::2].split(PICTURES), strict=True):
+            shift = twin.float() - own.float()
+            missed += float((shift - self.change(own, operator)).square().sum())
+            wanted += float(shift.square().sum())
+        return 1 - missed / max(wanted, 1e-12)
 
 
 @dataclass(frozen=True)
@@ -184,10 +213,20 @@ def _raw(contrasts: Contrasts, site: str, operator: Operator) -> tuple[float, fl
     key = f"{site}|{operator}"
     return (
         semantics(shift.mean(1), contrasts.categories),
-        linear_cka(shift.flatten(1), contrasts.outcomes.float()),
+        contrasts.foretold[key],
         stability(contrasts.updates[key]),
         float(contrasts.benign[key].mean()) + contrasts.flops[site],
     )
+
+
+def pooled(unsafe: Tensor, safe: Tensor) -> Tensor:
+    """Δa [pairs, times, width] of activations [pairs, times, tokens, width]: tokens count by how much they differ."""
+    parts = []
+    for own, twin in zip(unsafe.split(PICTURES), safe.split(PICTURES), strict=True):
+        shift = twin.float() - own.float()
+        weight = shift.square().sum(-1, keepdim=True)
+        parts.append((weight * shift).sum(2) / weight.sum(2).clamp_min(1e-12))
+    return torch.cat(parts)
 
 
 def semantics(shifts: Tensor, categories: Tensor) -> float:
@@ -202,13 +241,6 @@ def semantics(shifts: Tensor, categories: Tensor) -> float:
             others = [float(cosine_similarity(shift, prototype, dim=0)) for other, prototype in prototypes.items() if other != kind]
             scores.append(float(cosine_similarity(shift, prototypes[kind], dim=0)) - (sum(others) / len(others) if others else 0.0))
     return sum(scores) / max(1, len(scores))
-
-
-def linear_cka(first: Tensor, second: Tensor) -> float:
-    """S_bind: linear CKA of [pairs, width] and [pairs, size], 0..1 (Kornblith et al., 2019, https://arxiv.org/abs/1905.00414)."""
-    grams = [(x - x.mean(0)) @ (x - x.mean(0)).T for x in (first.double(), second.double())]
-    norms = [gram.norm() for gram in grams]
-    return float((grams[0] * grams[1]).sum() / (norms[0] * norms[1]).clamp_min(1e-24))
 
 
 def stability(updates: Tensor) -> float:

@@ -22,11 +22,11 @@ from ..generator import Generator
 from ..methods.safedig import SafeDIG
 from ..nets.sae import SAE
 from ..site import Site
-from .activations import Sampling, examples_of, read_part, read_site, record, steps_of, steps_wanted
+from .activations import Sampling, examples_of, read_site, record, steps_of, steps_wanted
 from .domains import Domains
 from .examples import Example
 from .harm import alarm, harmful_features, held_out_separation, peaks
-from .routing import Contrasts, Proxy, Routing, Weights, group_of, plot, route
+from .routing import Contrasts, Proxy, Routing, Weights, group_of, plot, pooled, route
 from .sae_learning import Report, SAEConfig, learn
 from .shards import Shards
 from .transfer import Domain, TransferConfig, adapt
@@ -95,11 +95,6 @@ class Recorded:
         start = 2 * (len(self.domains.source) + len(self.domains.target))
         return read_site(self.shards, site, range(start, start + len(self.domains.benign[:ROUTED])))
 
-    def outcomes(self) -> Tensor:
-        """Differences of the source pairs' final latents, [pairs, size]."""
-        latents = read_part(self.shards, "latents", range(2 * len(self.domains.source))).float()
-        return (latents[1::2] - latents[0::2]).flatten(1)
-
 
 def candidates(backbone: Backbone) -> tuple[str, ...]:
     """The prompt, and image streams of blocks: all of a small model, else the middle and the last of each kind.
@@ -158,20 +153,22 @@ def _claim(out: Path, generator: Generator, backbone: Backbone) -> None:
 def contrasts(recorded: Recorded, sites: Sequence[str], backbone: Backbone, config: Config) -> Contrasts:
     """What routing needs, from recorded activations; the target's pairs count as unlabelled prompts."""
     shifts: dict[str, Tensor] = {}
+    foretold: dict[str, float] = {}
     updates: dict[str, Tensor] = {}
     benign: dict[str, Tensor] = {}
     for site in sites:
         unsafe, safe = recorded.pairs(site, target=False)
-        shifts[site] = (safe.float() - unsafe.float()).mean(2)
+        shifts[site] = pooled(unsafe, safe)
         proxy = Proxy(unsafe, safe)
         others, harmless = recorded.pairs(site, target=True)[0], recorded.benign(site)
         for operator in get_args(Operator):
+            foretold[f"{site}|{operator}"] = proxy.foretold(unsafe, safe, operator)
             updates[f"{site}|{operator}"] = torch.cat([proxy.updates(tokens, operator) for tokens in (unsafe, others)])
             benign[f"{site}|{operator}"] = proxy.updates(harmless, operator)
     names = sorted({pair.category for pair in recorded.domains.source})
     categories = torch.tensor([names.index(pair.category) for pair in recorded.domains.source])
     flops = {site: flops_share(shifts[site].shape[-1], site, backbone, config) for site in sites}
-    return Contrasts(shifts, categories, recorded.outcomes(), updates, benign, flops)
+    return Contrasts(shifts, categories, foretold, updates, benign, flops)
 
 
 def flops_share(width: int, site: str, backbone: Backbone, config: Config) -> float:
