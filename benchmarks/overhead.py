@@ -35,9 +35,11 @@ ARMS = (
     ("unsafe", "uvr", []),
     ("benign", "saferedir", ["saferedir.concepts=weapons"]),
     ("unsafe", "saferedir", ["saferedir.concepts=weapons"]),
+    ("benign", "safedig", []),
+    ("unsafe", "safedig", []),
 )
-IMPOSSIBLE = {("uvr", "testbed/sd")}
-"""UVR refuses U-Nets."""
+IMPOSSIBLE = {("uvr", "testbed/sd"), ("safedig", "testbed/sd"), ("safedig", "testbed/kontext")}
+"""UVR and SafeDIG refuse U-Nets; no dictionaries of Kontext ship."""
 
 
 def main() -> None:

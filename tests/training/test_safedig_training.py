@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from safelight import guard
 from safelight.backbone import Backbone
@@ -21,18 +20,14 @@ from safelight.compose import call_settings, load_pipeline
 from safelight.errors import ArtefactError
 from safelight.generator import Generator
 from safelight.methods.safedig import SafeDIG
-from safelight.nets.sae import SAE
 from safelight.testing import sample, tiny_pipeline
 from safelight.training import activations
 from safelight.training.activations import Sampling, examples_of, read_site, record, steps_of
 from safelight.training.domains import Domains, from_testbed, read_domains
 from safelight.training.examples import name_of
 from safelight.training.feature_page import page, scenes
-from safelight.training.harm import alarm, harmful_features, statistics
-from safelight.training.routing import Candidate, Contrasts, Proxy, Weights, choose, group_of, pooled, route, semantics, stability
 from safelight.training.sae_learning import SAEConfig
 from safelight.training.safedig import Config, candidates, gather, make
-from safelight.training.transfer import Domain, TransferConfig, adapt
 
 SETTINGS = call_settings("testbed/flux") | {"num_inference_steps": 3}
 SAMPLING = Sampling(("joint.0:image", "single.0:image"), times=2, tokens=5)
@@ -183,204 +178,6 @@ def test_a_unet_has_no_candidates() -> None:
     with pytest.raises(ValueError, match="steers diffusion transformers"):
         candidates(Backbone.of(tiny_pipeline("sd")))
     assert candidates(Backbone.of(tiny_pipeline("sd3")))[0] == "prompt:text"
-
-
-# Routing
-
-
-def contrasts(pairs: int = 12, seed: int = 0) -> Contrasts:
-    generator = torch.Generator().manual_seed(seed)
-    kinds = torch.arange(pairs) % 3
-    themes = torch.randn(3, 6, generator=generator)
-    clear = themes[kinds][:, None] + 0.1 * torch.randn(pairs, 2, 6, generator=generator)
-    shifts = {"joint.0:image": clear, "joint.1:image": torch.randn(pairs, 2, 6, generator=generator), "prompt:text": clear * 0.5}
-    updates = {f"{site}|{operator}": torch.rand(pairs, 2, generator=generator) for site in shifts for operator in ("blend", "repel")}
-    foretold = {key: 0.1 if "joint.1" in key else 0.5 for key in updates}
-    return Contrasts(shifts, kinds, foretold, updates, {k: v * 0.1 for k, v in updates.items()}, dict.fromkeys(shifts, 0.01))
-
-
-GROUPS = {"joint.0:image": "binding", "joint.1:image": "binding", "prompt:text": "text"}
-
-
-def test_routing_prefers_what_tells_categories_apart_and_is_reproducible(tmp_path: Path) -> None:
-    found = route(contrasts(), GROUPS)
-    assert next(one for one in found.chosen if one.group == "binding").site == "joint.0:image"
-    contrasts().save(tmp_path / "contrasts.safetensors")
-    again = route(Contrasts.load(tmp_path / "contrasts.safetensors"), GROUPS)
-    assert again.rows() == found.rows()
-    assert 0 <= found.steady <= 1
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 2))
-def test_at_most_one_position_of_a_group_is_chosen(rows: list[tuple[str, float, float]], positions: int) -> None:
-    known = [Candidate(str(i), group, "blend", one, two, 0.0, 0.0) for i, (group, one, two) in enumerate(rows)]
-    chosen = choose(known, Weights(), positions)
-    assert len({one.group for one in chosen}) == len(chosen) <= positions
-    best = max(one.score(Weights()) for one in known)
-    assert chosen[0].score(Weights()) == best
-
-
-def test_weights_decide() -> None:
-    semantic, bound = Candidate("a", "x", "blend", 1, 0, 0, 0), Candidate("b", "x", "blend", 0, 1, 0, 0)
-    assert choose([semantic, bound], Weights(), 1) == [bound]
-    assert choose([semantic, bound], Weights(semantics=1.0), 1) == [semantic]
-
-
-def test_activations_without_contrast_are_refused() -> None:
-    same = contrasts()
-    with pytest.raises(ValueError, match=r"the same activations at 'joint\.1:image'"):
-        route(replace(same, shifts={**same.shifts, "joint.1:image": torch.zeros(12, 2, 6)}), GROUPS)
-
-
-@given(seed=st.integers(0, 50), angle=st.floats(0.2, 3))
-@settings(max_examples=25, deadline=None)
-def test_what_follows_from_the_activations_is_foretold(seed: int, angle: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    safe = torch.randn(24, 2, 8, 5, generator=generator)
-    carries = torch.rand(24, 2, 8, 1, generator=generator) < 0.3
-    bound = safe + carries * torch.tensor([6.0, angle, 0, 0, 0])
-    free = safe + carries * torch.randn(24, 2, 8, 5, generator=generator)
-    for operator in ("blend", "repel"):
-        assert Proxy(bound, safe).foretold(bound, safe, operator) > 0.3, operator
-        assert Proxy(free, safe).foretold(free, safe, operator) < 0.3, operator
-
-
-def test_tokens_that_differ_more_count_more() -> None:
-    safe = torch.zeros(1, 1, 3, 2)
-    unsafe = torch.tensor([[[[-1.0, 0.0], [0.0, 0.0], [0.0, -0.1]]]])
-    torch.testing.assert_close(pooled(unsafe, safe), torch.tensor([[[1.0, 0.001]]]) / 1.01)
-
-
-def test_the_scores_mean_what_they_say() -> None:
-    kinds = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
-    directions = torch.eye(2)[kinds]
-    assert semantics(directions, kinds) == pytest.approx(1)
-    assert semantics(torch.ones(8, 2), kinds) == pytest.approx(0)
-    assert stability(torch.ones(4, 3)) == pytest.approx(1)
-    assert stability(torch.tensor([0.0, 0.0, 0.0, 8.0])) < 0.3
-
-
-def test_the_proxies_move_towards_safe_activations() -> None:
-    generator = torch.Generator().manual_seed(0)
-    safe = torch.randn(6, 2, 4, 5, generator=generator)
-    unsafe = safe + torch.tensor([3.0, 0, 0, 0, 0])
-    proxy = Proxy(unsafe, safe)
-    for operator in ("blend", "repel"):
-        assert float(proxy.updates(unsafe, operator).mean()) > float(proxy.updates(safe, operator).mean())
-    direction = torch.tensor([1.0, 0, 0, 0, 0])
-    taken = proxy.change(unsafe, "repel")
-    assert float((taken @ direction).max()) <= 1e-3, "Repel takes away, and adds nothing"
-
-
-def test_groups_follow_the_blocks() -> None:
-    assert group_of("prompt:text", 2, 4) == "text"
-    assert group_of("joint.1:image", 2, 4) == "binding"
-    assert group_of("single.0:image", 2, 4) == "rendering"
-    assert [group_of(f"joint.{i}:image", 4, 0) for i in range(4)] == ["binding", "binding", "binding", "rendering"]
-
-
-# Transfer
-
-
-def an_sae(width: int = 6, latents: int = 12) -> SAE:
-    torch.manual_seed(0)
-    return SAE(width, latents, 4).eval().requires_grad_(False)
-
-
-def domain(count: int = 300, seed: int = 0) -> Domain:
-    generator = torch.Generator().manual_seed(seed)
-    safe = torch.randn(count, 6, generator=generator)
-    return Domain(safe + torch.tensor([2.0, 0, 0, 0, 0, 0]), safe)
-
-
-def features(sae: SAE, tokens: Tensor) -> Tensor:
-    return sae.features(sae.inward(tokens)).values
-
-
-def test_transfer_leaves_the_encoder_as_it_was() -> None:
-    sae, source, target = an_sae(), domain(), domain(seed=1)
-    before, seen = {name: value.clone() for name, value in sae.state_dict().items() if value is not None}, features(sae, target.unsafe)
-    adapted = adapt(sae, sae.decoder, target, source, TransferConfig())
-    assert not torch.equal(adapted.weight, sae.decoder.weight)
-    assert all(torch.equal(value, sae.state_dict()[name]) for name, value in before.items())
-    assert torch.equal(features(sae, target.unsafe), seen)
-    assert {"b_pre", "encoder.weight", "encoder.bias"} <= set(sae.frozen())
-
-
-def test_transfer_solves_its_problem_exactly() -> None:
-    sae, target = an_sae(), domain()
-    adapted = adapt(sae, sae.decoder, target, None, TransferConfig(closeness=0.01))
-
-    def loss(weight: Tensor, bias: Tensor) -> Tensor:
-        z = torch.cat([features(sae, target.unsafe), features(sae, target.safe)]).double()
-        wanted = torch.cat([target.safe, target.safe]).double()
-        return (wanted - z @ weight - bias).square().sum(1).mean() + 0.01 * (weight - sae.decoder.weight.double()).square().sum()
-
-    weight, bias = adapted.weight.double().requires_grad_(), adapted.bias.double().requires_grad_()
-    loss(weight, bias).backward()
-    assert weight.grad is not None
-    assert bias.grad is not None
-    assert float(weight.grad.abs().max()) < 1e-4
-    assert float(bias.grad.abs().max()) < 1e-4
-
-
-def test_the_published_objective_reconstructs() -> None:
-    sae, target = an_sae(), domain()
-    published = adapt(sae, sae.decoder, target, None, TransferConfig(objective="reconstruct", closeness=1e-6))
-    repaired = adapt(sae, sae.decoder, target, None, TransferConfig(closeness=1e-6))
-    z = features(sae, target.unsafe)
-    assert float((published(z) - target.unsafe).square().mean()) < float((repaired(z) - target.unsafe).square().mean())
-    assert float((repaired(z) - target.safe).square().mean()) < float((published(z) - target.safe).square().mean())
-
-
-def test_replay_keeps_the_source() -> None:
-    sae, source, target = an_sae(), domain(seed=2), domain(20, seed=3)
-    far = Domain(target.unsafe * 3, target.safe * 3 + 1)
-    start = adapt(sae, sae.decoder, source, None, TransferConfig())
-    z = features(sae, source.unsafe)
-
-    def missed(replay: float) -> float:
-        adapted = adapt(sae, start, far, source, TransferConfig(replay=replay))
-        return float((adapted(z) - source.safe).square().mean())
-
-    assert missed(0.5) < missed(0.2) < missed(0.0)
-
-
-def test_a_target_without_contrast_is_refused() -> None:
-    sae, same = an_sae(), domain()
-    with pytest.raises(ValueError, match="target domain is empty"):
-        adapt(sae, sae.decoder, Domain(torch.zeros(0, 6), torch.zeros(0, 6)), None, TransferConfig())
-    with pytest.raises(ValueError, match="have the same activations"):
-        adapt(sae, sae.decoder, Domain(same.safe, same.safe), None, TransferConfig())
-
-
-# Harmful features
-
-
-def members(count: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    safe = torch.randn(count, 2, 5, 6, generator=generator)
-    unsafe = safe.clone()
-    unsafe[:, :, 0] += torch.tensor([4.0, 0, 0, 0, 0, 0])
-    return unsafe, safe
-
-
-def test_harmful_features_fire_for_unsafe_members() -> None:
-    sae, (unsafe, safe) = an_sae(), members()
-    found, known = harmful_features(sae, [(unsafe, safe)], 3), statistics(sae, unsafe, safe)
-    assert found.features.shape == (2, 3)
-    for time in range(2):
-        assert bool((known.unsafe[time, found.features[time]] > known.safe[time, found.features[time]]).all())
-    with pytest.raises(ValueError, match="no feature fires more"):
-        harmful_features(sae, [(safe, safe)], 3)
-
-
-def test_the_alarm_tells_unsafe_pictures_from_safe_ones() -> None:
-    sae, (unsafe, safe) = an_sae(), members(40)
-    made = alarm(sae, [(unsafe[::2], safe[::2])], safe[::2], [0, 1], 6)
-    scores = [made.scores(sae, sae.inward(tokens[1::2, 0])) for tokens in (unsafe, safe)]
-    assert float((scores[0][:, None] > scores[1][None]).float().mean()) > 0.9
-    assert len(made.features) == 6
 
 
 # The whole way
