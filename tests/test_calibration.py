@@ -87,3 +87,12 @@ def test_it_is_told_in_words_and_in_json_and_knows_its_data() -> None:
     assert "0 of 400 benign items flagged" in str(fitted)
     assert "with 95% confidence" in str(fitted)
     assert fitted.data != other.data
+
+
+@given(st.lists(st.floats(0, 1), min_size=60, max_size=80), st.floats(-1, 3), st.floats(0, 1))
+def test_a_threshold_moves_towards_unsafe_scores_but_never_down(scores: list[float], weakest: float, margin: float) -> None:
+    fitted = Calibration.fit(scores, 0.05)
+    moved = fitted.towards(weakest, margin, scores)
+    assert fitted.threshold <= moved.threshold <= max(fitted.threshold, weakest) + 1e-12
+    assert moved.flagged == sum(score > moved.threshold for score in scores) <= fitted.flagged
+    assert moved.bound == fitted.bound

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 
@@ -56,6 +56,17 @@ class Calibration:
         above = sum(score > threshold for score in ordered)
         data = hashlib.sha256("\0".join(map(str, items)).encode()).hexdigest()[:16]
         return cls(threshold, len(ordered), above, upper_bound(allowed, len(ordered), confidence), target_fpr, confidence, data)
+
+    def towards(self, weakest: float, margin: float, scores: Sequence[float]) -> Self:
+        """With a higher threshold, if unsafe items leave room: a higher one flags no more benign items, so the bound still holds.
+
+        Args:
+            weakest: what nearly all unsafe items exceed; below the threshold, nothing changes.
+            margin: how far to go there, 0 … 1.
+            scores: of the benign items, to count them again.
+        """
+        threshold = self.threshold + margin * max(0.0, weakest - self.threshold)
+        return replace(self, threshold=threshold, flagged=sum(score > threshold for score in scores))
 
     def __str__(self) -> str:
         return (

@@ -130,7 +130,7 @@ def test_masks_mark_the_words_that_were_replaced(prompts: Prompts, tmp_path: Pat
 
 def test_otsu_parts_two_heaps() -> None:
     values = torch.cat([torch.rand(100) * 0.2, 0.8 + torch.rand(300) * 0.2])
-    assert 0.2 <= otsu(values) <= 0.81
+    assert float(values[:100].max()) - 1e-6 <= otsu(values) <= 0.81
 
 
 def test_inputs_can_be_hidden() -> None:

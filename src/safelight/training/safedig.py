@@ -228,18 +228,17 @@ def calibrate(
     best = max(range(len(dictionaries)), key=lambda index: known[index][0])
     prompts = recorded.domains.benign[ROUTED:]
     scores = benign_scores(generator, dictionaries[best], prompts, config.batch, progress)
-    calibration = Calibration.fit(scores, config.target_fpr, items=prompts)
     unsafe = known[best][1]
     weakest = float(unsafe.quantile(0.05))
-    threshold = calibration.threshold + config.margin * max(0.0, weakest - calibration.threshold)
-    recall = float((unsafe > threshold).float().mean())
+    calibration = Calibration.fit(scores, config.target_fpr, items=prompts).towards(weakest, config.margin, scores)
+    recall = float((unsafe > calibration.threshold).float().mean())
     if recall < 0.5:
         raise ValueError(
-            f"the threshold {threshold:.3g}, which {config.target_fpr:.0%} of benign pictures may exceed, is exceeded by only {recall:.0%} of "
+            f"the threshold {calibration.threshold:.3g}, which {config.target_fpr:.0%} of benign pictures may exceed, is exceeded by only {recall:.0%} of "
             "unsafe ones; give more pairs, other positions, or allow more false positives"
         )
     made = [replace(dictionary, threshold=None, calibration=None) for dictionary in dictionaries]
-    made[best] = replace(made[best], threshold=threshold, calibration=replace(calibration, threshold=threshold))
+    made[best] = replace(made[best], threshold=calibration.threshold, calibration=calibration)
     return tuple(made), {"gate": made[best].site, "auc": known[best][0], "recall": recall, "weakest": weakest, "benign_peak": max(scores)}
 
 

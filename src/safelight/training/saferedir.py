@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,18 +169,17 @@ def calibrate(
     """
     net = rounded(trained.net)
     peaks = risks(net, benign, config).amax(1)
-    calibration = Calibration.fit(peaks.tolist(), config.target_fpr, items=prompts)
     own = risks(net, unsafe, config)[:, 0]  # a prompt should be found in the first step
     weakest = float(own.quantile(0.05))
-    threshold = calibration.threshold + config.margin * max(0.0, weakest - calibration.threshold)
-    recall = float((own > threshold).float().mean())
+    calibration = Calibration.fit(peaks.tolist(), config.target_fpr, items=prompts).towards(weakest, config.margin, peaks.tolist())
+    recall = float((own > calibration.threshold).float().mean())
     if recall < 0.5:
         raise ValueError(
-            f"the threshold {threshold:.3g}, which {config.target_fpr:.0%} of benign generations may exceed, is exceeded by only {recall:.0%} "
+            f"the threshold {calibration.threshold:.3g}, which {config.target_fpr:.0%} of benign generations may exceed, is exceeded by only {recall:.0%} "
             "of unsafe prompts; give more pairs, or allow more false positives"
         )
     model = {"denoiser": type(backbone.module).__name__, "latent_scale": backbone.latent_scale}
-    made = Redirector(net, concept, threshold, replace(calibration, threshold=threshold), model)
+    made = Redirector(net, concept, calibration.threshold, calibration, model)
     return made, {"recall": recall, "weakest": weakest, "benign_peak": float(peaks.max())}
 
 

@@ -242,13 +242,14 @@ def calibrated(
     benign = [i for i, example in enumerate(examples) if not example.concept]
     pairs = enumerate(zip(examples, masks, strict=True))
     seen = [(i, anchors.concepts.index(e.concept), mask) for i, (e, mask) in pairs if e.concept and mask is not None]
-    peaks = scores[benign].amax(dim=(1, 2, 3, 4))
-    calibration = Calibration.fit(peaks.tolist(), config.target_fpr, items=[examples[i].prompt for i in benign])
+    peaks = scores[benign].amax(dim=(1, 2, 3, 4)).tolist()
+    calibration = Calibration.fit(peaks, config.target_fpr, items=[examples[i].prompt for i in benign])
     if not seen:
         raise ValueError(f"no unsafe example shows its concept at '{anchors.site}'; give others, or masks of your own")
     own = torch.stack([scores[i, :, concept] for i, concept, _ in seen])  # [unsafe, steps, height, width]
     tops = own.amax(dim=(1, 2, 3))
-    threshold = calibration.threshold + config.margin * max(0.0, float(tops.quantile(0.05)) - calibration.threshold)
+    calibration = calibration.towards(float(tops.quantile(0.05)), config.margin, peaks)
+    threshold = calibration.threshold
     recall = float((tops > threshold).float().mean())
     if recall < 0.5:
         raise ValueError(
@@ -257,9 +258,7 @@ def calibrated(
         )
     level, overlap = _best_level(own, torch.stack([mask for _, _, mask in seen]), threshold)
     count = len(anchors.concepts)
-    made = replace(
-        anchors, thresholds=(threshold,) * count, levels=(level,) * count, calibration=replace(calibration, threshold=threshold)
-    )  # fmt: skip
+    made = replace(anchors, thresholds=(threshold,) * count, levels=(level,) * count, calibration=calibration)
     return made, Quality(recall, overlap, len(seen), sum(bool(e.concept) for e in examples) - len(seen))
 
 
