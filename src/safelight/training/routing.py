@@ -174,6 +174,9 @@ def group_of(site: str, joint: int, single: int) -> str:
 def route(contrasts: Contrasts, groups: Mapping[str, str], weights: Weights | None = None, positions: int = 2) -> Routing:
     """Scores every site with every operator, and chooses at most one of a group.
 
+    Scores are shares, and are not scaled further: between the least and the greatest of the candidates, small differences would weigh as
+    much as large ones, and a candidate that nobody chooses would reorder the others.
+
     Args:
         contrasts: from recorded pairs.
         groups: site -> its group.
@@ -188,12 +191,7 @@ def route(contrasts: Contrasts, groups: Mapping[str, str], weights: Weights | No
         if not bool(shift.abs().any()):
             raise ValueError(f"the members of the pairs have the same activations at '{site}'; give pairs that differ in what is unsafe")
     keys = [(site, operator) for site in contrasts.shifts for operator in get_args(Operator)]
-    raw = torch.tensor([_raw(contrasts, site, operator) for site, operator in keys], dtype=torch.float64)
-    low, high = raw.amin(0), raw.amax(0)
-    scaled = (raw - low) / (high - low).clamp_min(1e-12)
-    candidates = [
-        Candidate(site, groups[site], operator, *map(float, row)) for (site, operator), row in zip(keys, scaled, strict=True)
-    ]  # fmt: skip
+    candidates = [Candidate(site, groups[site], operator, *_scores(contrasts, site, operator)) for site, operator in keys]
     chosen = choose(candidates, weights, positions)
     places = {one.site for one in chosen}
     same = [{one.site for one in choose(candidates, varied, positions)} == places for varied in weights.vary(0.2)]
@@ -208,7 +206,7 @@ def choose(candidates: Sequence[Candidate], weights: Weights, positions: int) ->
     return list(best.values())[:positions]
 
 
-def _raw(contrasts: Contrasts, site: str, operator: Operator) -> tuple[float, float, float, float]:
+def _scores(contrasts: Contrasts, site: str, operator: Operator) -> tuple[float, float, float, float]:
     shift = contrasts.shifts[site].float()
     key = f"{site}|{operator}"
     return (
