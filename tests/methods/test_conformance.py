@@ -12,6 +12,7 @@ from safelight.methods.block import Block
 from safelight.methods.dual_latent import DualLatent
 from safelight.methods.gate import Gate
 from safelight.methods.negative_prompt import NegativePrompt
+from safelight.methods.sld import SLD
 from safelight.testing import Containing, check_method
 
 FACTORIES = {
@@ -21,12 +22,14 @@ FACTORIES = {
     "gate": lambda pipe: Gate(detector=Containing(), method=NegativePrompt(words="knife")),
     "gate (dual latent)": lambda pipe: Gate(detector=Containing(), method=DualLatent(detector=Containing())),
     "negative_prompt": lambda pipe: NegativePrompt(words="knife"),
+    "sld": lambda pipe: SLD(concept="knife", warmup=0),
 }
+INDISCRIMINATE = {"negative_prompt", "sld"}
 
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_method_keeps_its_promises(name: str, pipe: Any) -> None:
-    check_method(FACTORIES[name], [pipe], selective=name != "negative_prompt")
+    check_method(FACTORIES[name], [pipe], selective=name not in INDISCRIMINATE)
 
 
 def test_no_method_is_forgotten() -> None:

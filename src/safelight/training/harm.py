@@ -80,7 +80,7 @@ def harmful_features(sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], count: 
 
 @torch.no_grad()
 def alarm(
-    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int, ridge: float = 0.05
+    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int, ridge: float = 0.01
 ) -> Alarm:  # fmt: skip
     """The linear reading of features that best foretells how far a token is from its safe twin, by ridge regression.
 
@@ -121,13 +121,13 @@ def peaks(sae: SAE, sounding: Alarm, tokens: Tensor, times: Sequence[int]) -> Te
 
 @torch.no_grad()
 def held_out_separation(
-    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int
+    sae: SAE, domains: Sequence[tuple[Tensor, Tensor]], benign: Tensor, times: Sequence[int], count: int, ridge: float = 0.01
 ) -> float:  # fmt: skip
-    """How often an unsafe picture scores higher than a safe one (AUC), by an alarm that was fitted on every other pair."""
-    made = alarm(sae, [(unsafe[::2], safe[::2]) for unsafe, safe in domains], benign[::2], times, count)
-
+    """How often an unsafe picture scores higher than a safe or benign one (AUC), by an alarm that was fitted on every other pair."""
+    made = alarm(sae, [(unsafe[::2], safe[::2]) for unsafe, safe in domains], benign[::2], times, count, ridge)
     unsafe, safe = (torch.cat([peaks(sae, made, members[place][1::2], times) for members in domains]) for place in (0, 1))
-    return float((unsafe[:, None] > safe[None]).double().mean() + 0.5 * (unsafe[:, None] == safe[None]).double().mean())
+    harmless = torch.cat([safe, peaks(sae, made, benign[1::2], times)])
+    return float((unsafe[:, None] > harmless[None]).double().mean() + 0.5 * (unsafe[:, None] == harmless[None]).double().mean())
 
 
 class _Regression:

@@ -61,6 +61,8 @@ class Config:
     """M: how many features count as harmful, per time point."""
     read: int = 256
     """How many features the gate reads."""
+    ridges: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003)
+    """What the gate's reading is regularised with: the one that tells held-out pairs apart best."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
     weights: Weights = field(default_factory=Weights)
     target_fpr: float = 0.01
@@ -89,6 +91,10 @@ class Recorded:
         count = len(self.domains.target if target else self.domains.source)
         tokens = read_site(self.shards, site, range(start, start + 2 * count))
         return tokens[0::2], tokens[1::2]
+
+    def known(self, dictionary: Dictionary) -> list[tuple[Tensor, Tensor]]:
+        """The pairs of the domains that a dictionary was made for; without transfer, the source's alone."""
+        return [self.pairs(dictionary.site, target=target) for target in (False, True)[: len(dictionary.risks)]]
 
     def benign(self, site: str) -> Tensor:
         """Activations of benign prompts, [prompts, times, tokens, width]."""
@@ -219,16 +225,11 @@ def calibrate(
     Raises:
         ValueError: if unsafe pictures hardly ever exceed it, or there are too few benign prompts.
     """
-    known = []
-    for dictionary in dictionaries:
-        members = [recorded.pairs(dictionary.site, target=target) for target in (False, True)]
-        times = watched(dictionary.moments, WATCH)
-        auc = held_out_separation(dictionary.sae, members, recorded.benign(dictionary.site), times, config.read)
-        known.append((auc, peaks(dictionary.sae, dictionary.alarm, torch.cat([unsafe for unsafe, _ in members]), times)))
-    best = max(range(len(dictionaries)), key=lambda index: known[index][0])
+    auc, best, ridge = _best_gate(dictionaries, recorded, config)
+    dictionaries = [*dictionaries]
+    dictionaries[best], unsafe = _gate(dictionaries[best], recorded, config, ridge)
     prompts = recorded.domains.benign[ROUTED:]
     scores = benign_scores(generator, dictionaries[best], prompts, config.batch, progress)
-    unsafe = known[best][1]
     weakest = float(unsafe.quantile(0.05))
     calibration = Calibration.fit(scores, config.target_fpr, items=prompts).towards(weakest, config.margin, scores)
     recall = float((unsafe > calibration.threshold).float().mean())
@@ -239,7 +240,33 @@ def calibrate(
         )
     made = [replace(dictionary, threshold=None, calibration=None) for dictionary in dictionaries]
     made[best] = replace(made[best], threshold=calibration.threshold, calibration=calibration)
-    return tuple(made), {"gate": made[best].site, "auc": known[best][0], "recall": recall, "weakest": weakest, "benign_peak": max(scores)}
+    return tuple(made), {
+        "gate": made[best].site,
+        "auc": auc,
+        "ridge": ridge,
+        "recall": recall,
+        "weakest": weakest,
+        "benign_peak": max(scores),
+    }
+
+
+def _best_gate(dictionaries: Sequence[Dictionary], recorded: Recorded, config: Config) -> tuple[float, int, float]:
+    """How well held-out pairs are told apart at best (AUC), by which dictionary, and with which regularisation."""
+    found = []
+    for index, dictionary in enumerate(dictionaries):
+        members, benign = recorded.known(dictionary), recorded.benign(dictionary.site)
+        times = watched(dictionary.moments, WATCH)
+        found += [
+            (held_out_separation(dictionary.sae, members, benign, times, config.read, ridge), index, ridge) for ridge in config.ridges
+        ]
+    return max(found, key=lambda one: one[0])
+
+
+def _gate(dictionary: Dictionary, recorded: Recorded, config: Config, ridge: float) -> tuple[Dictionary, Tensor]:
+    """A dictionary with a reading that was fitted with this regularisation, and the scores of unsafe pictures."""
+    members, times = recorded.known(dictionary), watched(dictionary.moments, WATCH)
+    made = replace(dictionary, alarm=alarm(dictionary.sae, members, recorded.benign(dictionary.site), times, config.read, ridge))
+    return made, peaks(made.sae, made.alarm, torch.cat([unsafe for unsafe, _ in members]), times)
 
 
 def benign_scores(
