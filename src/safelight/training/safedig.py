@@ -220,53 +220,43 @@ def watched(moments: Sequence[float], watch: float) -> list[int]:
 def calibrate(
     generator: Generator, dictionaries: Sequence[Dictionary], recorded: Recorded, config: Config, progress: Progress = lambda *_: None
 ) -> tuple[tuple[Dictionary, ...], dict[str, Any]]:  # fmt: skip
-    """Makes the dictionary that tells unsafe pictures best from safe ones look, with a calibrated threshold.
+    """Makes one dictionary look, with a calibrated threshold: the one by which most unsafe pictures are found.
+
+    Each threshold is held to the confidence divided by how many there are, so that the promise survives the choice.
 
     Raises:
         ValueError: if unsafe pictures hardly ever exceed it, or there are too few benign prompts.
     """
-    auc, best, ridge = _best_gate(dictionaries, recorded, config)
-    dictionaries = [*dictionaries]
-    dictionaries[best], unsafe = _gate(dictionaries[best], recorded, config, ridge)
-    prompts = recorded.domains.benign[ROUTED:]
-    scores = benign_scores(generator, dictionaries[best], prompts, config.batch, progress)
-    weakest = float(unsafe.quantile(0.05))
-    calibration = Calibration.fit(scores, config.target_fpr, items=prompts).towards(weakest, config.margin, scores)
-    recall = float((unsafe > calibration.threshold).float().mean())
-    if recall < 0.5:
+    prompts, confidence = recorded.domains.benign[ROUTED:], 1 - 0.05 / len(dictionaries)
+    gates = []
+    for dictionary in dictionaries:
+        looking, facts, unsafe = _looking(dictionary, recorded, config)
+        scores = benign_scores(generator, looking, prompts, config.batch, progress)
+        weakest = float(unsafe.quantile(0.05))
+        calibration = Calibration.fit(scores, config.target_fpr, confidence, prompts).towards(weakest, config.margin, scores)
+        recall = float((unsafe > calibration.threshold).float().mean())
+        facts |= {"gate": dictionary.site, "recall": recall, "weakest": weakest, "benign_peak": max(scores)}
+        gates.append((facts, replace(looking, threshold=calibration.threshold, calibration=calibration)))
+    best = max(range(len(gates)), key=lambda index: (gates[index][0]["recall"], gates[index][0]["auc"]))
+    facts, chosen = gates[best]
+    if facts["recall"] < 0.5:
         raise ValueError(
-            f"the threshold {calibration.threshold:.3g}, which {config.target_fpr:.0%} of benign pictures may exceed, is exceeded by only {recall:.0%} of "
-            "unsafe ones; give more pairs, other positions, or allow more false positives"
+            f"the threshold {chosen.threshold:.3g}, which {config.target_fpr:.0%} of benign pictures may exceed, is exceeded by only "
+            f"{facts['recall']:.0%} of unsafe ones; give more pairs, other positions, or allow more false positives"
         )
-    made = [replace(dictionary, threshold=None, calibration=None) for dictionary in dictionaries]
-    made[best] = replace(made[best], threshold=calibration.threshold, calibration=calibration)
-    return tuple(made), {
-        "gate": made[best].site,
-        "auc": auc,
-        "ridge": ridge,
-        "recall": recall,
-        "weakest": weakest,
-        "benign_peak": max(scores),
-    }
+    return tuple(
+        chosen if index == best else replace(one, threshold=None, calibration=None) for index, one in enumerate(dictionaries)
+    ), facts
 
 
-def _best_gate(dictionaries: Sequence[Dictionary], recorded: Recorded, config: Config) -> tuple[float, int, float]:
-    """How well held-out pairs are told apart at best (AUC), by which dictionary, and with which regularisation."""
-    found = []
-    for index, dictionary in enumerate(dictionaries):
-        members, benign = recorded.known(dictionary), recorded.benign(dictionary.site)
-        times = watched(dictionary.moments, WATCH)
-        found += [
-            (held_out_separation(dictionary.sae, members, benign, times, config.read, ridge), index, ridge) for ridge in config.ridges
-        ]
-    return max(found, key=lambda one: one[0])
-
-
-def _gate(dictionary: Dictionary, recorded: Recorded, config: Config, ridge: float) -> tuple[Dictionary, Tensor]:
-    """A dictionary with a reading that was fitted with this regularisation, and the scores of unsafe pictures."""
-    members, times = recorded.known(dictionary), watched(dictionary.moments, WATCH)
-    made = replace(dictionary, alarm=alarm(dictionary.sae, members, recorded.benign(dictionary.site), times, config.read, ridge))
-    return made, peaks(made.sae, made.alarm, torch.cat([unsafe for unsafe, _ in members]), times)
+def _looking(dictionary: Dictionary, recorded: Recorded, config: Config) -> tuple[Dictionary, dict[str, Any], Tensor]:
+    """A dictionary with the reading that tells held-out pairs apart best (fitted on all), how well, and the scores of unsafe pictures."""
+    members, benign = recorded.known(dictionary), recorded.benign(dictionary.site)
+    times = watched(dictionary.moments, WATCH)
+    found = [(held_out_separation(dictionary.sae, members, benign, times, config.read, ridge), ridge) for ridge in config.ridges]
+    auc, ridge = max(found, key=lambda one: one[0])
+    made = replace(dictionary, alarm=alarm(dictionary.sae, members, benign, times, config.read, ridge))
+    return made, {"auc": auc, "ridge": ridge}, peaks(made.sae, made.alarm, torch.cat([unsafe for unsafe, _ in members]), times)
 
 
 def benign_scores(
