@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -91,6 +92,11 @@ class Dictionary:
     def moment(self, progress: float) -> int:
         """The nearest time point."""
         return min(range(len(self.moments)), key=lambda i: abs(self.moments[i] - progress))
+
+    @cached_property
+    def repair(self) -> tuple[Tensor, Tensor]:
+        """D_adapted - D_source as one map: what it is multiplied with [latents, width], and what it adds [width]."""
+        return self.adapted.weight - self.sae.decoder.weight, self.adapted.bias - self.sae.decoder.bias
 
     def harm(self, seen: Tensor, moment: int) -> Tensor:
         """Z of the harmful features, where they exceed their means, clamped at 9 σ: [batch, tokens, H]."""

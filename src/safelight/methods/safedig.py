@@ -163,7 +163,8 @@ class SafeDIG(Method):
             if self.mode == "paper":
                 change = self.beta * (dictionary.adapted(values) - seen)
             else:
-                change = self.beta * (dictionary.adapted(values) - sae.decoder(values))
+                weight, bias = dictionary.repair
+                change = self.beta * (values @ weight + bias)
         else:
             harm = dictionary.harm(seen, moment)
             harmful = harm @ dictionary.adapted.weight[dictionary.harmful.features[moment]]
