@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ def main() -> None:
     scores: dict[str, list[Score]] = {name: [] for name in sides}
     for seed in range(given.repeats):
         for name, train in sides.items():
-            scores[name].append(train(recorded, config, seed))
+            scores[name].append(train(recorded, replace(config, seed=seed)))
             print(name, seed, scores[name][-1], flush=True)
     print(f"\n{'':<22}{'FVU':>8}{'dead':>8}{'active':>8}{'tokens/s':>10}   (medians of {given.repeats}, {len(recorded)} tokens)")
     for name, found in scores.items():
@@ -71,17 +71,16 @@ def main() -> None:
         given.json.write_text(json.dumps({name: [asdict(one) for one in found] for name, found in scores.items()}, indent=2) + "\n")
 
 
-def ours(recorded: Tensor, config: SAEConfig, seed: int) -> Score:
+def ours(recorded: Tensor, config: SAEConfig) -> Score:
     """`safelight.training.sae_learning`, with its checkpoints."""
     train, held_out = split(recorded, config)
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(seed)
         sae, report = learn(recorded, config, Path(folder))
     inner = (sae.inward(train.float()), sae.inward(held_out.float()))
     return scored(lambda seen: sae.features(seen).values, sae.decoder, inner, report.tokens / report.seconds)
 
 
-def library(recorded: Tensor, config: SAEConfig, seed: int) -> Score:
+def library(recorded: Tensor, config: SAEConfig) -> Score:
     """`BatchTopKTrainer`, on activations of the same scale."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 
@@ -92,10 +91,10 @@ def library(recorded: Tensor, config: SAEConfig, seed: int) -> Score:
     steps = round(config.epochs * len(seen) / config.batch)
     trainer = BatchTopKTrainer(
         steps, width, config.expansion * width, config.k, layer=0, lm_name="", lr=config.lr, warmup_steps=round(0.02 * steps),
-        decay_start=round(0.02 * steps) + 1, threshold_start_step=steps // 4, seed=seed, device="cpu",
+        decay_start=round(0.02 * steps) + 1, threshold_start_step=steps // 4, seed=config.seed, device="cpu",
     )  # fmt: skip
     trainer.dead_feature_threshold = config.dead_after
-    generator, started_at = torch.Generator().manual_seed(seed), time.perf_counter()
+    generator, started_at = torch.Generator().manual_seed(config.seed), time.perf_counter()
     for step in range(steps):
         trainer.update(step, seen[torch.randint(len(seen), (config.batch,), generator=generator)])
     seconds = time.perf_counter() - started_at
