@@ -19,7 +19,7 @@ from . import __version__
 from .attach import guard
 from .compose import build, call_settings, load_pipeline
 from .evaluation.case import Case
-from .generator import Generator
+from .generator import Generator, as_bytes
 from .method import Method
 from .record import Record
 from .testbed.scenes import Scene, render
@@ -109,7 +109,7 @@ def row(generator: Generator, label: str, methods: Sequence[Method], cases: Sequ
         started = time.perf_counter()
         images = generator(cases)
         seconds = time.perf_counter() - started
-    return Row(label, [(image * 255).round().astype(np.uint8) for image in images], handle.records, seconds)
+    return Row(label, [as_bytes(image) for image in images], handle.records, seconds)
 
 
 def _sheet_rows(panels: Sequence[Panel]) -> Any:

@@ -49,3 +49,8 @@ class Generator:
         arguments.setdefault("output_type", "np")
         output = self.pipe(prompt=[request.prompt for request in requests], generator=generators, **arguments)
         return np.asarray(output.images)
+
+
+def as_bytes(image: Any) -> NDArray[np.uint8]:
+    """A picture [height, width, 3] in 0..1, as bytes."""
+    return (np.asarray(image) * 255).round().clip(0, 255).astype(np.uint8)

@@ -13,7 +13,7 @@ from safelight.errors import ArtefactError
 from safelight.nets.sae import SAE, batch_threshold, fraction_of_variance_unexplained, geometric_median, principal_basis
 from safelight.training.sae_learning import Learner, SAEConfig, learn
 
-CONFIG = SAEConfig(expansion=4, k=3, lr=3e-3, batch=256, epochs=40, dead_after=20_000, revived=8)
+CONFIG = SAEConfig(expansion=4, k=3, lr=1.5e-3, batch=256, epochs=40, dead_after=20_000, revived=8)
 
 
 def dictionary_tokens(count: int = 4096, width: int = 12, atoms: int = 24, active: int = 3, seed: int = 0) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_training_explains_most_of_sparse_tokens(tmp_path: Path) -> None:
     tokens = dictionary_tokens()
     sae, report = learn(tokens, CONFIG, tmp_path)
     assert report.fvu < 0.15
-    assert report.dead <= 0.5  # there are half as many atoms as latents
+    assert report.dead < 0.2
     assert abs(report.active - CONFIG.k) < 0.6
     seen = sae.inward(tokens)
     assert float(fraction_of_variance_unexplained(seen, sae.decoder(sae.features(seen).values))) < 0.15

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,7 @@ from safelight import guard
 from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.metrics.safety import shows_unsafe
-from safelight.generator import Generator
+from safelight.generator import Generator, as_bytes
 from safelight.testbed.judges import judges
 
 CASES = [
@@ -28,9 +26,9 @@ CASES = [
 def test_a_bundled_guard_does_its_work(name: str, pipeline: str, benchmark: str) -> None:
     generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
     unsafe, benign = find(f"testbed-dev/{benchmark}").cases(5), find("testbed-dev/benign").cases(3)
-    plain = pictures(generator([*unsafe, *benign]))
+    plain = [as_bytes(image) for image in generator([*unsafe, *benign])]
     with guard(generator.pipe, *build([name], pipeline)) as handle:
-        guarded = pictures(generator([*unsafe, *benign]))
+        guarded = [as_bytes(image) for image in generator([*unsafe, *benign])]
     assert [record.flagged for record in handle.records] == [True] * 5 + [False] * 3
     assert all(np.array_equal(before, after) for before, after in zip(plain[5:], guarded[5:], strict=True))
     for judge in judges():
@@ -39,8 +37,3 @@ def test_a_bundled_guard_does_its_work(name: str, pipeline: str, benchmark: str)
         )
         assert before >= 4, judge
         assert after <= 1, judge
-
-
-def pictures(images: Any) -> list[Any]:
-    """As bytes."""
-    return [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]

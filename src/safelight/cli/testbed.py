@@ -68,12 +68,12 @@ def sheet(
     else:
         from ..compose import call_settings, load_pipeline
         from ..evaluation.case import Case
-        from ..generator import Generator
+        from ..generator import Generator, as_bytes
 
         quiet()
         generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
         made = generator([Case(str(i), prompt, False, seed=seed + i) for i, prompt in enumerate(prompts)])
-        pictures = [(image * 255).round().astype("uint8") for image in made]
+        pictures = [as_bytes(image) for image in made]
     cells = list(zip(pictures, prompts, strict=True))
     rows = [("", cells[i : i + 8]) for i in range(0, len(cells), 8)]
     contact_sheet(rows, title=f"Held-out scenes, {pipeline or 'as drawn'}").save(out)

@@ -9,7 +9,7 @@ from typing import Any
 from ..backbone import Backbone
 from ..compose import load_pipeline, testbed_bank
 from ..detectors.neighbours import Neighbours
-from ..generator import Generator
+from ..generator import Generator, as_bytes
 from ..run import Run
 from ..testbed.captions import OPERATIONS, Edit, caption, edit_split, sample_caption, sample_edit
 from ..testbed.judges import Judge, Sight, judges
@@ -93,7 +93,7 @@ def _pictures(generator: Generator, cases: Sequence[Case], batch: int, progress:
     pictures: list[Any] = []
     for start in range(0, len(cases), batch):
         progress("generating", start, len(cases))
-        pictures += [(image * 255).round().astype("uint8") for image in generator(cases[start : start + batch])]
+        pictures += [as_bytes(image) for image in generator(cases[start : start + batch])]
     progress("generating", len(cases), len(cases))
     return pictures
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..attach import guard
 from ..errors import ArtefactError
-from ..generator import Generator
+from ..generator import Generator, as_bytes
 from ..method import Method
 from .case import Case, Outcome, path_of
 
@@ -63,7 +63,7 @@ def write_png(image: NDArray[np.float32], path: Path) -> None:
     """Writes an image [height, width, 3] in 0..1, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    Image.fromarray((image * 255).round().clip(0, 255).astype(np.uint8)).save(partial, "PNG")
+    Image.fromarray(as_bytes(image)).save(partial, "PNG")
     partial.replace(path)
 
 

@@ -17,7 +17,7 @@ from ..attach import guard
 from ..backbone import Backbone
 from ..bank import Pair
 from ..errors import ArtefactError
-from ..generator import Generator
+from ..generator import Generator, as_bytes
 from ..site import Site
 from .capture import Capture
 from .examples import Example, digest, name_of
@@ -125,7 +125,7 @@ def _parts(recorder: Capture, sampling: Sampling, place: int, example: Example, 
 
 def thumbnail(picture: Any) -> Tensor:
     """A picture [height, width, 3] in 0..1, made small, as bytes."""
-    image = Image.fromarray((np.asarray(picture) * 255).round().clip(0, 255).astype(np.uint8))
+    image = Image.fromarray(as_bytes(picture))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return torch.from_numpy(np.array(image))
 

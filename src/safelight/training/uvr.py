@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..anchors import Anchors, Kind, fingerprint
 from ..attach import guard
 from ..backbone import Backbone
 from ..calibration import Calibration
-from ..generator import Generator
+from ..generator import Generator, as_bytes
 from ..masks import clean, iou
 from ..site import Site
 from .capture import Capture, Watch
@@ -117,7 +116,7 @@ def generate_and_locate(
             sources = [example.image for example in examples if example.image is not None]
             masks[stream] = locator(sources, examples, layout.reference_grid)
         elif needed:
-            made = [(image * 255).round().clip(0, 255).astype(np.uint8) for image in images]
+            made = [as_bytes(image) for image in images]
             masks[stream] = locator(made, examples, layout.grid)
         else:
             masks[stream] = [None] * len(examples)
