@@ -1,0 +1,1 @@
+"""One judge per file."""
