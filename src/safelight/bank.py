@@ -127,7 +127,7 @@ class Bank:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically."""
-        tensors = {"embeddings": self.embeddings.half(), "labels": self.labels, "probes": self.probes.half()}
+        tensors = {"embeddings": self.embeddings.half(), "labels": self.labels.short(), "probes": self.probes.half()}
         optional = {"tokens": self.tokens, "shifts": self.shifts, "pooled_shifts": self.pooled_shifts}
         tensors |= {name: tensor.half() for name, tensor in optional.items() if tensor is not None}
         if self.projection is not None and self.projected is not None:  # whitening spans more orders of magnitude than half precision has
@@ -163,7 +163,7 @@ class Bank:
         try:
             calibration = json.loads(metadata["calibration"])
             bank = cls(
-                **{name: tensor if name == "labels" else tensor.float() for name, tensor in tensors.items()},
+                **{name: tensor.long() if name == "labels" else tensor.float() for name, tensor in tensors.items()},
                 categories=tuple(json.loads(metadata["categories"])), twins=tuple(json.loads(metadata["twins"])),
                 calibration=Calibration(**calibration) if calibration else None,
             )  # fmt: skip

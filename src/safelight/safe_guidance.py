@@ -118,7 +118,7 @@ def token_shifts(run: Run, pairs: Sequence[Pair], limit: int = 4096) -> TokenShi
     unsafe, safe = run.encode([pair.unsafe for pair in usable]), run.encode([pair.safe for pair in usable])
     tokens, shifts = unsafe.text.flatten(0, 1).float(), (safe.text - unsafe.text).flatten(0, 1).float()
     unique = _distinct(torch.cat([tokens, shifts], dim=1))
-    chosen = unique[torch.linspace(0, len(unique) - 1, min(limit, len(unique))).round().long()]
+    chosen = _spread(unique, shifts[unique].norm(dim=1), limit)
     pooled = None
     if unsafe.pooled is not None and safe.pooled is not None:
         categories = list(dict.fromkeys(pair.category for pair in pairs))
@@ -126,6 +126,16 @@ def token_shifts(run: Run, pairs: Sequence[Pair], limit: int = 4096) -> TokenShi
         difference = (safe.pooled - unsafe.pooled).float()
         pooled = torch.stack([(difference[owner == i] if (owner == i).any() else difference).mean(dim=0) for i in range(len(categories))])
     return TokenShifts(tokens[chosen], shifts[chosen], pooled)
+
+
+def _spread(rows: Tensor, moved: Tensor, limit: int) -> Tensor:
+    """At most `limit` of some rows, a third of them from those that are moved most, as few words in a prompt are unsafe; else evenly."""
+    if len(rows) <= limit:
+        return rows
+    far = moved > moved.max() / 2
+    share = min(int(far.sum()), limit // 3)
+    parts = [(rows[far], share), (rows[~far], limit - share)]
+    return torch.cat([part[torch.linspace(0, len(part) - 1, min(count, len(part))).round().long()] for part, count in parts])
 
 
 def _distinct(rows: Tensor) -> Tensor:

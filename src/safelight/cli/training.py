@@ -15,7 +15,11 @@ from .generating import Json
 train = typer.Typer(no_args_is_help=True, help="Collect and train what a method needs, from a pipeline of your own.")
 app.add_typer(train, name="train")
 
-PROBES = {"testbed/flux": "single.0.attention:image", "testbed/kontext": "single.0.attention:image"}
+PROBES = {
+    "testbed/flux": "single.0.attention:image",
+    "testbed/kontext": "single.0.attention:image",
+    "testbed/sd3": "joint.1.attention:image",
+}
 PUBLISHED_PROBE = "single.10.attention:image"
 
 

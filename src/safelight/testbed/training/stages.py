@@ -32,6 +32,8 @@ from .latents import Latents, Prompts
 from .sprites import draw_atlas
 
 SCENES, EDITS = 16_000, 8_000
+BANKS = {"sd": (1000, 1024), "sd3": (400, 768), "flux": (1000, 1024), "kontext": (336, 768)}
+"""Pipeline -> pairs and token shifts of its bank; SD3's embeddings are twice as wide, and what ships must be small."""
 Saved = dict[str, Tensor]
 
 
@@ -170,16 +172,16 @@ def thinned_curve(out: Path, points: int = 24) -> list[tuple[int, float]]:
     return [(row["step"], round(row["loss"], 5)) for row in chosen]
 
 
-def make_banks(weights: Path, pairs: int = 1000, safe: int = 1000, tokens: int = 1536) -> None:
+def make_banks(weights: Path) -> None:
     """The banks of the testbed's pipelines: detection entries and token shifts, calibrated on held-out benign prompts."""
-    for kind in ("sd", "flux", "kontext"):
+    for kind, (pairs, tokens) in BANKS.items():
         random = Random(f"bank/{kind}")
         pipe = load(kind, weights)
         run = Run(Guard(pipe, ()).backbone, pipe.encode_prompt, None)
         if kind == "kontext":
-            known, benign, held_out = instruction_pairs(), safe_instructions(), calibration_instructions(random, 1000)
+            known, benign, held_out = instruction_pairs()[:pairs], safe_instructions(), calibration_instructions(random, 1000)
         else:
-            known, benign, held_out = scene_pairs(random, pairs), safe_captions(random, safe), calibration_captions(random, 1000)
+            known, benign, held_out = scene_pairs(random, pairs), safe_captions(random, 1000), calibration_captions(random, 1000)
         random.shuffle(known)
         bank = Bank.build(run.pool, known, benign, metric="discriminant").with_shifts(*token_shifts(run, known, tokens))
         calibration = Neighbours(bank=bank, encoder=run.pool).calibrate(held_out, target_fpr=0.01)
