@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedPipeline
 from .flow import Call, Embedding
 from .site import Attention, Layout, Port, Site
+from .tokens import padded_length
 
 BACKBONES: dict[str, type[Backbone]] = {}
 
@@ -34,6 +35,8 @@ class Backbone:
     """What `encode_prompt` returns, in order."""
     prompts: ClassVar[tuple[str, ...]] = ("prompt",)
     """The pipeline's arguments that hold a prompt: some have one per text encoder."""
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """Those of the encoders whose tokens the denoiser reads, in the order in which it gets their tokens."""
     blocks: ClassVar[dict[str, str]]
     """Kind of block -> pattern of its module paths."""
     ports: ClassVar[dict[str, Port]]
@@ -117,6 +120,17 @@ class Backbone:
         if len(ids) <= size:
             return [text]
         return [text, *(tokenizer.decode(ids[start : start + size]) for start in range(0, len(ids) - size // 2, size // 2))]
+
+    @property
+    def encoders(self) -> list[tuple[Any, int]]:
+        """The tokenizers behind the text that the denoiser reads, each with the position of its first token."""
+        found, start = [], 0
+        for name in self.tokenizers:
+            tokenizer = getattr(self.pipe, name, None)
+            if tokenizer is not None:  # SD3 may be loaded without T5
+                found.append((tokenizer, start))
+                start += padded_length(tokenizer) if name != self.tokenizers[-1] else 0
+        return found
 
     @property
     def latent_scale(self) -> str:

@@ -16,6 +16,7 @@ from .dictionary import Dictionary
 from .encoders import SentenceEncoder
 from .errors import ArtefactError
 from .method import Method
+from .picture_model import PictureModel
 from .redirector import Redirector
 from .registry import Registry
 from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite
@@ -23,7 +24,9 @@ from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite
 FORMAT = "safelight-bundle/1"
 METHODS: Registry[Method] = Registry("safelight.methods", Method)
 DETECTORS: Registry[Detector[Any]] = Registry("safelight.detectors", Detector)
-ARTEFACTS: Mapping[str, Any] = {"bank": Bank, "anchors": Anchors, "redirector": Redirector, "dictionary": Dictionary}
+ARTEFACTS: Mapping[str, Any] = {
+    "bank": Bank, "anchors": Anchors, "redirector": Redirector, "dictionary": Dictionary, "picture_model": PictureModel,
+}  # fmt: skip
 """Weights with a file format of their own, by the name of their files."""
 PROVIDERS: Mapping[str, type] = {kind.__name__: kind for kind in (InContext, NearestTwin, Rewrite, Arithmetic)}
 ENCODERS: Mapping[str, type] = {SentenceEncoder.__name__: SentenceEncoder}
@@ -102,7 +105,7 @@ class _Writer:
             stored = [f.name for f in fields(value) if f.init and "local" not in f.metadata]
             return {"kind": kind, "name": name, "fields": {field: self.describe(getattr(value, field)) for field in stored}}
         raise ValueError(
-            f"a bundle can't store {type(value).__name__}; artefacts are numbers, texts, banks, anchors, redirectors, dictionaries, detectors and methods"
+            f"a bundle can't store {type(value).__name__}; artefacts are numbers, texts, banks, anchors, redirectors, dictionaries, models of pictures, detectors and methods"
         )
 
     def _file(self, kind: str, artefact: Any) -> str:

@@ -15,12 +15,16 @@ from .detector import Detector
 from .dictionary import Dictionary
 from .errors import ArtefactError
 from .method import Method
+from .methods.sld import PRESETS
+from .picture_model import PictureModel
 from .redirector import Redirector
 from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite, SafeGuidance
 from .schema import field_of, fields_of
 
 WEIGHTS = Path(__file__).parent / "testbed" / "weights"
 GUIDANCE = ("arithmetic", "twin", "context", "rewrite")
+SAFREE_ON_TESTBED = {"validate": False}
+"""Chosen on the development split: these pipelines take 20 steps and not 50, and draw what is unsafe in the later ones."""
 
 
 def load_pipeline(name: str) -> Any:
@@ -59,7 +63,9 @@ def testbed_bank(pipeline: str) -> Bank:
     return Bank.load(WEIGHTS / f"bank-{pipeline.removeprefix('testbed/')}.safetensors")
 
 
-def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), bank: Path | None = None) -> list[Method]:
+def build(
+    guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), bank: Path | None = None, domain: str | None = None
+) -> list[Method]:  # fmt: skip
     """Guards by name or bundle folder, outermost first, for a pipeline.
 
     Args:
@@ -67,9 +73,10 @@ def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), ba
         pipeline: the pipeline's name; testbed pipelines bring a bank along.
         settings: `name.field=value` each.
         bank: a bank to use instead.
+        domain: the testbed's domain that guards are told of in words or labels, where no setting tells them.
 
     Raises:
-        ValueError: for an unknown guard, field or value.
+        ValueError: for an unknown guard, field, value or domain.
         ArtefactError: if a bank is needed and there is none.
     """
     changes = _parse(settings)
@@ -78,7 +85,7 @@ def build(guards: Sequence[str], pipeline: str, settings: Sequence[str] = (), ba
         if (Path(guard) / "method.json").is_file():
             methods += load(guard, made_for=pipeline, changes=_typed(changes))
         else:
-            methods.append(_by_name(guard, pipeline, changes, bank))
+            methods.append(_by_name(guard, pipeline, changes, bank, domain))
     if changes:
         raise ValueError(
             f"--set {sorted(changes)[0]} fits none of the guards {', '.join(guards) or '(none given)'}; write guard.field=value"
@@ -105,36 +112,61 @@ def _typed(changes: dict[str, str]) -> dict[str, Any]:
     return typed
 
 
-def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | None) -> Method:
+def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | None, domain: str | None = None) -> Method:
     cls = METHODS[name]
     own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
     given: dict[str, Any] = {}
     artefacts = {field.name for field in fields_of(cls) if field.kind == "artefact"}  # type: ignore[arg-type]  # classes are hashable
     if "detector" in artefacts:
-        detector = own.pop("detector", "neighbours")
-        given["detector"] = _detector(detector, pipeline, changes, bank)
+        detector = own.pop("detector", "image_classifier" if name == "post_filter" else "neighbours")
+        given["detector"] = _detector(detector, pipeline, changes, bank, domain)
     if "guidance" in artefacts:
         chosen = own.pop("guidance", "rewrite" if detector == "llm" else "arithmetic")
         if chosen == "rewrite" and detector != "llm":
             raise ValueError(f"guidance=rewrite needs a language model: add --set {name}.detector=llm, llm.base_url=… and llm.model=…")
         given["guidance"] = Rewrite() if chosen == "rewrite" else _guidance(chosen, _bank(pipeline, bank))
     if "method" in artefacts:
-        given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank)
+        given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank, domain)
     if "redirectors" in artefacts:
         given["redirectors"] = _redirectors(pipeline, own.pop("concepts", ""))
     if "dictionaries" in artefacts:
         given["dictionaries"] = _dictionaries(pipeline)
     given |= {field: _anchors(pipeline, field) for field in ("anchors", "reference_anchors") if field in artefacts}
+    if name == "sld":
+        given |= _preset(own.pop("preset", None))
     given |= {field: field_of(cls, field).parse(text) for field, text in own.items()}
+    return cls(**_told(name, pipeline, domain) | given)
+
+
+def _told(name: str, pipeline: str, domain: str | None) -> dict[str, Any]:
+    """What a guard that goes by words is told, and on the testbed how to act: its published settings are for other models."""
+    words = unsafe_words(pipeline, domain)
     if name == "negative_prompt":
-        given.setdefault("words", default_words(pipeline))
-    return cls(**given)
+        return {"words": " ".join(words)}
+    if name == "sld":
+        return {"concept": ", ".join(words)}
+    if name == "safree":
+        return {"concepts": words} | (SAFREE_ON_TESTBED if pipeline.startswith("testbed/") else {})
+    return {}
 
 
-def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | None) -> Detector[str]:
+def _preset(name: str | None) -> dict[str, Any]:
+    """The fields of one of SLD's presets; none of its own if none is named."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise ValueError(f"sld.preset={name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]._asdict()
+
+
+def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | None, domain: str | None = None) -> Detector[Any]:
     cls: Any = DETECTORS[name]
     own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
     given: dict[str, Any] = {field: field_of(cls, field).parse(text) for field, text in own.items()}
+    if name == "image_classifier" and "pretrained" not in given:
+        given["model"] = _picture_model(pipeline)
+        if domain is not None:
+            given.setdefault("unsafe", _domain(domain))
     needed = [
         field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING and field.name not in given
     ]
@@ -153,6 +185,15 @@ def _bank(pipeline: str, bank: Path | None) -> Bank:
         return testbed_bank(pipeline)
     raise ArtefactError(
         f"this guard needs a bank of known prompts for {pipeline!r}; make one with `safelight bank`, and pass it as --bank FILE"
+    )
+
+
+def _picture_model(pipeline: str) -> PictureModel:
+    if pipeline.startswith("testbed/"):
+        return PictureModel.load(WEIGHTS / "pictures.safetensors")
+    raise ArtefactError(
+        f"no classifier of pictures ships for {pipeline!r}; name one with --set image_classifier.pretrained=FOLDER_OR_HUB_ID and its unsafe "
+        "labels with --set image_classifier.unsafe=…"
     )
 
 
@@ -211,10 +252,25 @@ def _guidance(name: str, bank: Bank) -> SafeGuidance:
     return maker()  # type: ignore[no-any-return]
 
 
-def default_words(pipeline: str) -> str:
-    """What a negative prompt says where the user didn't."""
-    if not pipeline.startswith("testbed/"):
-        return "violence, nudity, weapons, blood, drugs"
-    from .testbed.world import DOMAINS, article
+def unsafe_words(pipeline: str, domain: str | None = None) -> tuple[str, ...]:
+    """What is unsafe, in words, where the user didn't say: on the testbed the objects of a domain, by default weapons.
 
-    return " ".join(article(name) for name in DOMAINS["weapons"])
+    Raises:
+        ValueError: if there is no such domain.
+    """
+    if not pipeline.startswith("testbed/"):
+        if domain is not None:
+            raise ValueError(f"domain={domain!r}: only the testbed has domains; tell the guard in its own settings")
+        return ("violence", "nudity", "weapons", "blood", "drugs")
+    from .testbed.world import article
+
+    return tuple(article(name) for name in _domain(domain or "weapons"))
+
+
+def _domain(name: str) -> tuple[str, ...]:
+    """The unsafe objects of a testbed domain."""
+    from .testbed.world import DOMAINS
+
+    if name not in DOMAINS:
+        raise ValueError(f"there is no domain {name!r}; there are {', '.join(DOMAINS)}")
+    return DOMAINS[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ class Detector(Generic[Item]):
     threshold: float = 0.5
     concept: str | None = None
     calibration: Calibration | None = None
+    reads: Literal["prompt", "picture"] = "prompt"
+    """What its items are; a picture is [height, width, 3] in 0..255."""
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
         """Scores [batch], 0 safe … 1 unsafe."""
@@ -92,7 +94,7 @@ class Forced(Detector[Any]):
     detector: Detector[Any]
 
     def __post_init__(self) -> None:
-        self.threshold = self.detector.threshold
+        self.threshold, self.reads = self.detector.threshold, self.detector.reads
 
     def __call__(self, items: Sequence[Any]) -> Tensor:
         return self.detector(items)

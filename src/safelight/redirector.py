@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from .nets.official_redirector import OfficialRedirector
 from .nets.redirector import Aim, Judgement
 from .nets.redirector import Redirector as Network
 
+Net = TypeVar("Net", bound=nn.Module)
 FORMAT = "safelight-redirector/1"
 ARCHITECTURES: Mapping[str, type[nn.Module]] = {"redirector": Network, "official": OfficialRedirector}
 REMEDY = "train one for this model with `safelight train saferedir`"
@@ -176,7 +177,7 @@ def _half(tensor: Tensor) -> Tensor:
     return tensor.detach().half() if tensor.is_floating_point() else tensor.detach().clone()
 
 
-def rounded(net: nn.Module) -> nn.Module:
+def rounded(net: Net) -> Net:
     """The network with weights as `save` stores them, so that what is calibrated is what is shipped."""
     net.load_state_dict(
         {name: tensor.half().float() if tensor.is_floating_point() else tensor for name, tensor in net.state_dict().items()}

@@ -92,7 +92,15 @@ class Run:
         return self.backbone.pool(prompts, self._encode_prompt)
 
     def judge(self, detector: Detector[str]) -> list[Verdict]:
-        """A verdict per image: the most alarming over all texts that describe it; equal texts are judged once."""
+        """A verdict per image: the most alarming over all texts that describe it; equal texts are judged once.
+
+        Raises:
+            ValueError: if the detector reads pictures.
+        """
+        if detector.reads != "prompt":
+            raise ValueError(
+                f"{type(detector).__name__} judges pictures, and this guard judges prompts; give it another, or use post_filter"
+            )
         self.prompts  # raises without texts  # noqa: B018
         views = {text: self.backbone.windows(text) for wording in self.wordings or () for text in wording}
         texts = list(dict.fromkeys(piece for pieces in views.values() for piece in pieces))

@@ -26,7 +26,7 @@ class Field:
 
     name: str
     kind: str
-    """number, integer, text, switch, choice, or artefact."""
+    """number, integer, text, texts, switch, choice, or artefact."""
     default: Any
     doc: str
     low: float | None = None
@@ -60,8 +60,9 @@ class Field:
             return value
         if self.kind == "artefact":
             raise ValueError(f"{self.name} is an artefact and can't be given as text; load a bundle, or set it in Python")
-        self.check(text)
-        return text
+        value = tuple(part.strip() for part in text.split(",")) if self.kind == "texts" else text
+        self.check(value)
+        return value
 
     @property
     def range(self) -> str:
@@ -73,6 +74,10 @@ class Field:
     def check(self, value: Any) -> None:
         """Raises ValueError if a value is out of range."""
         if value is None and self.optional:
+            return
+        if self.kind == "texts":
+            if isinstance(value, str) or (self.nonempty and not value) or not all(isinstance(part, str) and part.strip() for part in value):
+                raise ValueError(f"{self.name}={value!r} is no list of texts; give one or more, none of them empty")
             return
         if self.nonempty and not str(value).strip():
             raise ValueError(f"{self.name} is empty; give some text")
@@ -167,6 +172,8 @@ def _kind(hint: Any) -> tuple[str, float | None, float | None, tuple[str, ...], 
             break
     if get_origin(hint) is Literal:
         return "choice", low, high, tuple(map(str, get_args(hint))), optional
+    if hint == tuple[str, ...]:
+        return "texts", low, high, (), optional
     names = {float: "number", int: "integer", bool: "switch", str: "text"}
     return names.get(hint, "artefact"), low, high, (), optional
 

@@ -26,6 +26,7 @@ class Flux(Backbone):
     timestep_scale = 1000
     encoded = ("text", "pooled", "ids")
     prompts = ("prompt", "prompt_2")
+    tokenizers = ("tokenizer_2",)
     blocks = {"joint": "transformer_blocks.*", "single": "single_transformer_blocks.*"}
     ports = {
         "prompt:text": Port("context_embedder", "input", 0, ("text",)),

@@ -19,6 +19,7 @@ class SD3(Backbone):
     denoiser = "transformer"
     encoded = ("text", "negative_text", "pooled", "negative_pooled")
     prompts = ("prompt", "prompt_2", "prompt_3")
+    tokenizers = ("tokenizer", "tokenizer_3")
     blocks = {"joint": "transformer_blocks.*"}
     ports = {
         "prompt:text": Port("context_embedder", "input", 0, ("text",)),

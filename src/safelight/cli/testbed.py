@@ -17,7 +17,7 @@ app.add_typer(testbed, name="testbed")
 
 @testbed.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="sprites, vae, text, classifier, sd, flux, sd3 or banks; in that order.")],
+    stage: Annotated[str, typer.Argument(help="sprites, vae, text, classifier, pictures, sd, flux, sd3 or banks; in that order.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The weights' folder; the same command resumes.")] = Path("weights"),
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time budget, instead of the stage's own.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Step budget, instead of the stage's own.")] = None,

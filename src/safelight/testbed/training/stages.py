@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from ...attach import Guard
 from ...bank import Bank
+from ...detectors.image_classifier import ImageClassifier
 from ...detectors.neighbours import Neighbours
 from ...fitting import Budget, Loss, Recipe, Training
+from ...nets.picture_net import PictureNet
+from ...picture_model import PictureModel
+from ...redirector import rounded
 from ...run import Run
 from ...safe_guidance import token_shifts
 from .. import architectures
@@ -25,9 +29,9 @@ from ..captions import edit_split, sample_caption, sample_edit
 from ..judges import ClassifierNet
 from ..pairs import instruction_pairs, safe_captions, safe_instructions, scene_pairs
 from ..pipelines import load
-from ..scenes import is_safe, sample_scene
-from ..world import SAFE
-from . import classifier, flux, sd, sd3, text, vae
+from ..scenes import SIZE, is_safe, sample_scene
+from ..world import OBJECTS, SAFE, UNSAFE
+from . import classifier, flux, pictures, sd, sd3, text, vae
 from .latents import Latents, Prompts
 from .sprites import draw_atlas
 
@@ -45,6 +49,8 @@ class Stage:
     budget: Budget
     prepare: Callable[[Path, str], tuple[nn.Module, Loss]]
     export: Callable[[Any], dict[str, Saved]]
+    finish: Callable[[Any, Path], None] | None = None
+    """Writes what is kept in a format of its own."""
 
 
 def _plain(name: str) -> Callable[[nn.Module], dict[str, Saved]]:
@@ -95,6 +101,20 @@ def _prepare_classifier(_: Path, device: str) -> tuple[nn.Module, Loss]:
     return net, classifier.loss_of(net)
 
 
+def _prepare_pictures(_: Path, device: str) -> tuple[nn.Module, Loss]:
+    net = PictureNet(len(OBJECTS))
+    return net, pictures.loss_of(net)
+
+
+def _store_pictures(net: Any, weights: Path) -> None:
+    """The detector of unsafe pictures, calibrated on safe scenes; its threshold is then moved half-way to what it says of unsafe ones."""
+    model = PictureModel(rounded(net.cpu()), tuple(OBJECTS), UNSAFE, SIZE)
+    benign, detector = pictures.benign(1000), ImageClassifier(model=model)
+    calibration = detector.calibrate(benign, target_fpr=0.01)
+    weakest = float(detector(pictures.unsafe(500)).quantile(0.05))
+    replace(model, calibration=calibration.towards(weakest, 0.5, detector(benign).tolist())).save(weights / "pictures.safetensors")
+
+
 def _prepare_sd(weights: Path, device: str) -> tuple[nn.Module, Loss]:
     data, prompts = _corpus(weights, device)
     net = architectures.unet().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -117,6 +137,7 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(vae.RECIPE, Budget(steps=1600), _prepare_vae, _export_vae),
     "text": Stage(text.RECIPE, Budget(steps=1500), _prepare_text, _export_text),
     "classifier": Stage(classifier.RECIPE, Budget(steps=1200), _prepare_classifier, _plain("classifier")),
+    "pictures": Stage(pictures.RECIPE, Budget(steps=1200), _prepare_pictures, lambda net: {}, _store_pictures),
     "sd": Stage(sd.RECIPE, Budget(minutes=55), _prepare_sd, _plain("unet")),
     "flux": Stage(flux.RECIPE, Budget(minutes=85), _prepare_flux, _plain("flux")),
     "sd3": Stage(sd3.RECIPE, Budget(minutes=70), _prepare_sd3, _plain("sd3")),
@@ -147,6 +168,8 @@ def train(name: str, weights: Path, budget: Budget | None = None, device: str = 
     yield from training.run()
     for file, tensors in stage.export(training.average).items():
         save_file(tensors, weights / f"{file}.safetensors")
+    if stage.finish is not None:
+        stage.finish(training.average.eval(), weights)
     _note(weights, name, training, recipe)
 
 
