@@ -26,7 +26,7 @@ class Field:
 
     name: str
     kind: str
-    """number, integer, text, switch, choice, or artefact."""
+    """number, integer, text, texts (with commas), switch, choice, or artefact."""
     default: Any
     doc: str
     low: float | None = None
@@ -58,6 +58,8 @@ class Field:
                 ) from None
             self.check(value)
             return value
+        if self.kind == "texts":
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         if self.kind == "artefact":
             raise ValueError(f"{self.name} is an artefact and can't be given as text; load a bundle, or set it in Python")
         self.check(text)
@@ -167,6 +169,8 @@ def _kind(hint: Any) -> tuple[str, float | None, float | None, tuple[str, ...], 
             break
     if get_origin(hint) is Literal:
         return "choice", low, high, tuple(map(str, get_args(hint))), optional
+    if get_origin(hint) is tuple and get_args(hint) == (str, ...):
+        return "texts", low, high, (), optional
     names = {float: "number", int: "integer", bool: "switch", str: "text"}
     return names.get(hint, "artefact"), low, high, (), optional
 
