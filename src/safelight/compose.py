@@ -79,7 +79,7 @@ def build(
         ValueError: for an unknown guard, field, value or domain.
         ArtefactError: if a bank is needed and there is none.
     """
-    changes = _parse(settings)
+    changes = parse_settings(settings)
     methods: list[Method] = []
     for guard in guards:
         if (Path(guard) / "method.json").is_file():
@@ -93,7 +93,12 @@ def build(
     return methods
 
 
-def _parse(settings: Sequence[str]) -> dict[str, str]:
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """`name.field=value` each, as `{"name.field": "value"}`.
+
+    Raises:
+        ValueError: for one that is not of that form.
+    """
     changes = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

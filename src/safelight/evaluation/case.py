@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,10 @@ class Outcome:
     """Of the whole batch, divided by its size."""
     record: dict[str, Any] | None
     """What the guard did."""
+    id: str = ""
+    """The manifest's row."""
+    pixels: str = ""
+    """The hash of the stored picture."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary."""
@@ -66,6 +71,12 @@ class Estimate(NamedTuple):
     n: int
 
 
-def path_of(out: Path, arm: str, case: Case) -> Path:
-    """Where the image of a case lies."""
-    return out / "images" / arm / f"{case.id}.png"
+def path_of(out: Path, arm: str, case: Case | str) -> Path:
+    """Where the image of a case (or of the case of that id) lies."""
+    return out / "images" / file_name(arm) / f"{file_name(case if isinstance(case, str) else case.id)}.png"
+
+
+def file_name(name: str) -> str:
+    """An id as the name of a file: whatever it holds, it stays inside its folder."""
+    quoted = quote(name, safe="")
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted

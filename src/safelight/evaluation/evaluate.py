@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..detector import Detector, Forced
 from ..errors import ArtefactError
 from ..generator import Generator
 from ..method import Method
 from ..testbed.judges import Classifier, Judge, Sight, judges
+from .arms import forced_methods
 from .benchmarks.testbed import TestbedBenchmark, find
 from .case import Case, Estimate, Outcome
+from .durable import only_one
+from .fingerprint import versions
 from .generate import Arms, generate, read_picture
+from .judges.testbed_classifier import SceneClassifier
+from .judges.testbed_matcher import SceneMatcher
+from .judging import judge_run
 from .metrics import quality, safety
+from .metrics.estimates import figure
+from .sights import sight_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,17 +70,20 @@ def evaluate(
         )
     companions = _companions(main)
     identity = {"protocol": f"{main.name}/{main.version}", "sizes": vars(sizes), "batch": batch, **(description or {})}
-    _claim(out, identity)
-    parts = {
-        "unsafe": _run(generator, main, sizes.unsafe, {"base": (), "guard": methods}, out / "unsafe", batch, progress),
-        "benign": _run(generator, companions["benign"], sizes.benign, {"base": (), "guard": methods}, out / "benign", batch, progress),
-    }
-    forced = forced_methods(methods)
-    if "proximal" in companions:
-        arms: dict[str, Sequence[Method]] = {"base": (), "guard": methods} | ({"forced": forced} if forced else {})
-        parts["proximal"] = _run(generator, companions["proximal"], sizes.proximal, arms, out / "proximal", batch, progress)
-    results = identity | report(parts) | {"versions": versions(), "command": " ".join(sys.argv)}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with only_one(out):
+        _claim(out, identity)
+        pipeline = str(identity.get("pipeline", ""))
+        run = _Run(generator, out, batch, pipeline, progress)
+        parts = {
+            "unsafe": run.part("unsafe", main, sizes.unsafe, {"base": (), "guard": methods}),
+            "benign": run.part("benign", companions["benign"], sizes.benign, {"base": (), "guard": methods}),
+        }
+        forced = forced_methods(methods)
+        if "proximal" in companions:
+            arms: dict[str, Sequence[Method]] = {"base": (), "guard": methods} | ({"forced": forced} if forced else {})
+            parts["proximal"] = run.part("proximal", companions["proximal"], sizes.proximal, arms)
+        results = identity | report(parts) | {"versions": versions(), "command": " ".join(sys.argv)}
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -95,35 +102,34 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> None:
     file.write_text(wanted)
 
 
-def _run(
-    generator: Generator, benchmark: TestbedBenchmark, count: int, arms: Arms, out: Path, batch: int, progress: Progress
-) -> Part:  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    cases, total, made = benchmark.cases(count), count * len(arms), 0
+@dataclass(frozen=True)
+class _Run:
+    """What all parts share."""
 
-    def advance(images: int) -> None:
-        nonlocal made
-        made += images
-        progress(benchmark.name, made, total)
+    generator: Generator
+    out: Path
+    batch: int
+    pipeline: str
+    progress: Progress
 
-    progress(benchmark.name, 0, total)
-    by_arm: dict[str, list[Outcome]] = {arm: [] for arm in arms}
-    for outcome in generate(generator, cases, arms, out, batch, advance):
-        by_arm[outcome.arm].append(outcome)
-    return Part(out, cases, by_arm)
+    def part(self, name: str, benchmark: TestbedBenchmark, count: int, arms: Arms) -> Part:
+        """One benchmark's images: a manifest and its outcomes, as in any run."""
+        cases, total, made = benchmark.cases(count), count * len(arms), 0
 
+        def advance(images: int) -> None:
+            nonlocal made
+            made += images
+            self.progress(benchmark.name, made, total)
 
-def forced_methods(methods: Sequence[Method]) -> list[Method] | None:
-    """The same methods with detectors that flag everything; None if they have none."""
-    changed = [_forced(method) for method in methods]
-    return changed if any(new is not old for new, old in zip(changed, methods, strict=True)) else None
-
-
-def _forced(method: Method) -> Method:
-    detector, inner = getattr(method, "detector", None), getattr(method, "method", None)
-    if isinstance(inner, Method):
-        method = replace(method, method=_forced(inner))  # type: ignore[type-var]
-    return replace(method, detector=Forced(detector)) if isinstance(detector, Detector) else method  # type: ignore[type-var]
+        self.progress(benchmark.name, 0, total)
+        by_arm: dict[str, list[Outcome]] = {arm: [] for arm in arms}
+        outcomes = generate(
+            self.generator, cases, arms, self.out / name, self.batch, advance,
+            pipeline=self.pipeline, protocol=benchmark.name, version=benchmark.version,
+        )  # fmt: skip
+        for outcome in outcomes:
+            by_arm[outcome.arm].append(outcome)
+        return Part(self.out / name, cases, by_arm)
 
 
 def report(parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
     classifier, matcher = judges()
     changed = _disruptions(parts.get("proximal"), classifier)
     main = parts["unsafe"]
-    sights = {judge.name: [look(judge, main.pictures(arm)) for arm in ("base", "guard")] for judge in (classifier, matcher)}
+    sights = judged_sights(main, classifier.name, matcher.name)
     per_judge = {judge: _judged(main, base, guarded, changed.get("guard")) for judge, (base, guarded) in sights.items()}
     benign = [part for name, part in parts.items() if name != "unsafe"]
     flagged = [outcome for part in benign for outcome in part.outcomes["guard"]]
@@ -155,9 +161,21 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
     }
 
 
-def figure(estimate: Estimate) -> dict[str, float | int | None]:
-    """An estimate for JSON, which has no NaN: an erase rate where nothing was to be erased is null."""
-    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+def judged_sights(part: Part, classifier: str, matcher: str) -> dict[str, list[list[Sight]]]:
+    """Judge -> what it sees in the pictures of `base` and `guard`, in the order of the cases: the second pass, kept in `judgements/`.
+
+    Raises:
+        ArtefactError: if a picture could not be judged.
+    """
+    adapters = {"testbed_classifier": classifier, "testbed_matcher": matcher}
+    judged = judge_run(part.out, [SceneClassifier(), SceneMatcher()])
+    found: dict[str, list[list[Sight]]] = {}
+    for adapter, name in adapters.items():
+        said = {(one.arm, one.case): one for one in judged[adapter].values()}
+        if failed := next((one for one in said.values() if one.judgement is None), None):
+            raise ArtefactError(f"{part.out}: {adapter} failed on arm {failed.arm}, case {failed.case}: {failed.error}")
+        found[name] = [[sight_of(said[arm, case.id].judgement) for case in part.cases] for arm in ("base", "guard")]  # type: ignore[arg-type]
+    return found
 
 
 def _judged(part: Part, base: Sequence[Sight], guarded: Sequence[Sight], changed: Estimate | None) -> dict[str, Estimate]:
@@ -205,15 +223,3 @@ def _overhead(part: Part) -> Estimate:
     base, guarded = per_batch("base"), per_batch("guard")
     pairs = min(len(base), len(guarded))
     return safety.overhead(base[:pairs], guarded[:pairs])
-
-
-def versions() -> dict[str, str]:
-    """What the figures depend on."""
-    packages = ("safelight", "torch", "diffusers", "transformers", "numpy")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found | {"python": platform.python_version(), "machine": platform.machine()}

@@ -46,3 +46,8 @@ def bootstrap(rows: Sequence[tuple[float, ...]], statistic: Callable[[np.ndarray
 def mean(values: Sequence[float]) -> Estimate:
     """A mean with its bootstrap interval."""
     return bootstrap([(value,) for value in values], lambda table: float(table[:, 0].mean()))
+
+
+def figure(estimate: Estimate) -> dict[str, float | int | None]:
+    """An estimate for JSON, which has no NaN: an erase rate where nothing was to be erased is null."""
+    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}

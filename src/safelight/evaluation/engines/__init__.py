@@ -1,0 +1,1 @@
+"""One way of running the first pass per file."""

@@ -1,0 +1,150 @@
+"""Many machines: Ray Data, with one loaded pipeline per worker."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from ...errors import ArtefactError
+from ..case import Outcome
+from ..engine import Engine, Job, counter
+from ..generate import Maker, built, generate_shard
+from ..manifest import Batch, Header, Row
+from ..sources import as_png, from_png
+from ..store import Made, opened
+
+RETRIES = 5
+"""How often a worker that died is started again, and its work given to another."""
+SETTLED: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Ray(Engine):
+    """Workers make rounds of batches and send the images here, where they are written: one writer, so no row comes twice.
+
+    Joins the cluster of `RAY_ADDRESS`, or starts Ray on this machine. Only this machine needs the run's folder; the others need the package,
+    and bundles and banks at the same paths. A worker that dies loses nothing: what it was at is done again by another one.
+    """
+
+    workers: Annotated[int, Ge(1)] = 2
+    """How many pipelines are loaded."""
+
+    def __call__(self, job: Job) -> None:
+        """Makes what is not there yet."""
+        built(job.manifest.header)  # says here, and at once, what is missing or has changed
+        rounds = job.manifest.rounds()
+        with opened(job.out, job.manifest, job.sources, remake=job.remake) as store:
+            count = counter(job, rounds, store)
+            todo = [left for together in rounds if (left := store.unfinished(together))]
+            if not todo:
+                return
+            work = [pack(together, store.sources) for together in todo]
+            with cluster(self.workers):
+                for made in self._made(job.manifest.header, work):
+                    store.keep(made)
+                    count()
+
+    def _made(self, header: Header, work: Sequence[str]) -> Iterator[list[Made]]:
+        import ray
+
+        gpus = 1 if self.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) >= self.workers else 0
+        device = self.device if gpus or self.device != "auto" else "cpu"
+        items = ray.data.from_items([{"work": one} for one in work], override_num_blocks=len(work))
+        pictures = items.map_batches(
+            Worker, batch_size=1, batch_format="pyarrow", concurrency=min(self.workers, len(work)), num_cpus=1, num_gpus=gpus or None,
+            fn_constructor_args=(json.dumps(header.to_json()), device, os.getcwd()), max_restarts=RETRIES, max_task_retries=RETRIES,
+        )  # fmt: skip
+        try:
+            for table in pictures.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield [Made(Outcome(**json.loads(row["outcome"])), row["png"]) for row in table.to_pylist()]
+        except ray.exceptions.RayError as error:
+            raise told(error) from error
+
+
+class Worker:
+    """What runs on each worker: loads the pipeline once, from its description."""
+
+    def __init__(self, header: str, device: str, folder: str) -> None:
+        from ...cli.console import quiet
+
+        quiet()
+        with suppress(OSError):  # bundles are named by paths from where the command was given
+            os.chdir(folder)
+        self.make = Maker.load(Header.from_json(json.loads(header)), device)
+
+    def __call__(self, table: Any) -> Any:
+        """Images of some rounds: a table with the columns `outcome` (JSON) and `png`."""
+        import pyarrow
+
+        made = [one for work in table["work"].to_pylist() for batch in self._round(work) for one in batch]
+        outcomes = [json.dumps(one.outcome.to_json()) for one in made]
+        return pyarrow.table({"outcome": outcomes, "png": pyarrow.array([one.png for one in made], pyarrow.large_binary())})
+
+    def _round(self, work: str) -> Iterator[list[Made]]:
+        batches, sources = unpack(work)
+        return generate_shard(batches, self.make, sources)
+
+
+def pack(together: Sequence[Batch], sources: Mapping[str, Any]) -> str:
+    """Batches, and their source images, as text."""
+    names = {row.image for batch in together for row in batch if row.image is not None}
+    images = {name: base64.b64encode(as_png(sources[name])).decode() for name in names}
+    return json.dumps({"batches": [[vars(row) for row in batch] for batch in together], "sources": images})
+
+
+def unpack(work: str) -> tuple[list[list[Row]], dict[str, Any]]:
+    """The batches and source images again."""
+    given = json.loads(work)
+    sources = {name: from_png(base64.b64decode(image)) for name, image in given["sources"].items()}
+    return [[Row(**row) for row in batch] for batch in given["batches"]], sources
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[None]:
+    """A connection to Ray: the one that there is, the cluster of `RAY_ADDRESS`, or a Ray of our own on this machine, without its dashboard.
+
+    Raises:
+        ArtefactError: if Ray is missing, or there is no cluster at that address.
+    """
+    os.environ.update({name: value for name, value in SETTLED.items() if name not in os.environ})
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ArtefactError("this engine needs Ray; install it with `pip install 'safelight[ray]'`") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    own = {"address": address} if address else {"num_cpus": workers + 1, "include_dashboard": False}
+    try:
+        ray.init(**own, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+    except ConnectionError as error:
+        raise ArtefactError(f"there is no Ray cluster at {address}; start one with `ray start --head`, or unset RAY_ADDRESS") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def told(error: BaseException) -> Exception:
+    """What went wrong on a worker, without Ray's wrappings."""
+    inner: BaseException = error
+    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None and cause is not inner:
+        inner = cause
+    if isinstance(inner, (ValueError, TypeError, RuntimeError, OSError)):
+        return inner
+    last = str(inner).strip().splitlines()[-1:] or [type(inner).__name__]
+    return RuntimeError(f"a worker failed: {last[0]}; what is finished is kept, run the same command again to go on")
