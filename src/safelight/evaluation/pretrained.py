@@ -102,8 +102,9 @@ class HubNetwork:
 
     @property
     def identity(self) -> str:
-        """Model, hash or commit, and the library that reads it."""
-        return f"{self.model} {self.hub.identity()}; {version_of('transformers')}"
+        """Model, hash or commit, and the library that reads it; of a folder, its last name."""
+        name = Path(self.model).name if Path(self.model).is_dir() else self.model
+        return f"{name} {self.hub.identity()}; {version_of('transformers')}"
 
     @cached_property
     def network(self) -> Any:
