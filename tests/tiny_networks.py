@@ -58,7 +58,21 @@ def shield_gemma(folder: Path) -> str:
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     torch.manual_seed(0)
-    words = ["<pad>", "<end>", "<begin>", "<unknown>", "<boi>", "<eoi>", "<image>", "Yes", "No", "Dangerous", "Sexually", "Violence/Gore", "Beer"]
+    words = [
+        "<pad>",
+        "<end>",
+        "<begin>",
+        "<unknown>",
+        "<boi>",
+        "<eoi>",
+        "<image>",
+        "Yes",
+        "No",
+        "Dangerous",
+        "Sexually",
+        "Violence/Gore",
+        "Beer",
+    ]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"model_type": "gemma3_text", "vocab_size": len(words), "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
     config = ShieldGemma2Config(
@@ -78,9 +92,9 @@ def shield_gemma(folder: Path) -> str:
     )
     special = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
     pictures = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
-    ShieldGemma2Processor(pictures, tokenizer(words, extra_special_tokens=special), image_seq_length=4, chat_template=template).save_pretrained(
-        folder
-    )
+    ShieldGemma2Processor(
+        pictures, tokenizer(words, extra_special_tokens=special), image_seq_length=4, chat_template=template
+    ).save_pretrained(folder)
     return str(folder)
 
 
