@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from ..calibration import Calibration
+from ..chat import Endpoint, answer_forms
 from ..detector import Detector, Verdict
 
 SCHEMA = {
@@ -24,12 +23,6 @@ SCHEMA = {
     "required": ["unsafe", "category", "safe_prompt"],
     "additionalProperties": False,
 }
-FORMATS: tuple[dict[str, Any], ...] = (
-    {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}},
-    {"type": "json_object"},
-)
-"""How an answer's form is asked for; the second is for servers that refuse the first."""
-LARGEST_ANSWER = 1 << 20  # bytes
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,19 +64,13 @@ class LanguageModel(Detector[str]):
         """
         if not items:
             return []
-        with _client(self._headers(), self.timeout) as client, ThreadPoolExecutor(min(self.workers, len(items))) as pool:
-            return list(pool.map(lambda item: self._verdict(client, item), items))
+        endpoint = Endpoint(self.base_url, self.model, self.api_key_env, self.timeout, self.retries)
+        with endpoint.client() as client, ThreadPoolExecutor(min(self.workers, len(items))) as pool:
+            return list(pool.map(lambda item: self._verdict(endpoint, client, item), items))
 
-    def _headers(self) -> dict[str, str]:
-        if not self.api_key_env:
-            return {}
-        if not (key := os.environ.get(self.api_key_env)):
-            raise ValueError(f"the environment variable {self.api_key_env} should hold the API key of {self.base_url}, but is not set")
-        return {"Authorization": f"Bearer {key}"}
-
-    def _verdict(self, client: Any, prompt: str) -> Verdict:
+    def _verdict(self, endpoint: Endpoint, client: Any, prompt: str) -> Verdict:
         try:
-            answer = parse(self._ask(client, prompt))
+            answer = parse(endpoint.ask(client, conversation(self.policy, prompt), answer_forms("verdict", SCHEMA)))
         except Exception as error:  # whatever went wrong, this prompt has not been judged
             return Verdict(1.0, self.threshold, True, note=f"not judged, hence treated as unsafe: {type(error).__name__}: {error}")
         unsafe = answer["unsafe"]
@@ -91,50 +78,6 @@ class LanguageModel(Detector[str]):
             float(unsafe), self.threshold, unsafe, (answer["category"] or None) if unsafe else None,
             (answer["safe_prompt"] or None) if unsafe else None,
         )  # fmt: skip
-
-    def _ask(self, client: Any, prompt: str) -> str:
-        """The model's answer, in the strictest form that the server supports."""
-        messages = conversation(self.policy, prompt)
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
-        for form in FORMATS:
-            request = {"model": self.model, "messages": messages, "temperature": 0, "response_format": form}
-            status, body = self._post(client, url, request)
-            if status not in (400, 422):
-                break
-        if status != 200:
-            raise OSError(f"the endpoint answered with status {status}")
-        content = json.loads(body)["choices"][0]["message"]["content"]
-        if not isinstance(content, str):
-            raise ValueError("the answer has no text")
-        return content
-
-    def _post(self, client: Any, url: str, request: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and body, after as many attempts as allowed."""
-        import httpx
-
-        for attempt in range(self.retries + 1):
-            last = attempt == self.retries
-            try:
-                status, body = self._attempt(client, url, request)
-            except (httpx.TransportError, TimeoutError):
-                if last:
-                    raise
-            else:
-                if last or (status != 429 and status < 500):
-                    return status, body
-            time.sleep(min(0.2 * 2**attempt, 5))
-        raise AssertionError("the last attempt returns or raises")
-
-    def _attempt(self, client: Any, url: str, request: dict[str, Any]) -> tuple[int, bytes]:
-        deadline, body = time.monotonic() + self.timeout, bytearray()
-        with client.stream("POST", url, json=request) as response:
-            for part in response.iter_bytes():  # httpx's timeout is for each read: a trickle of bytes would last for ever
-                body += part
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no complete answer within {self.timeout:g} s")
-                if len(body) > LARGEST_ANSWER:
-                    raise OSError("the answer is far too long")
-            return response.status_code, bytes(body)
 
 
 def conversation(policy: str, prompt: str) -> list[dict[str, str]]:
@@ -165,11 +108,3 @@ def parse(text: str) -> dict[str, Any]:
     if not isinstance(answer, dict) or set(answer) != set(kinds) or not all(isinstance(answer[name], kind) for name, kind in kinds.items()):
         raise ValueError("the answer does not follow the schema")
     return answer
-
-
-def _client(headers: dict[str, str], timeout: float) -> Any:
-    try:
-        import httpx
-    except ImportError as error:
-        raise ImportError("the detector 'llm' needs httpx; `pip install 'safelight[llm]'`") from error
-    return httpx.Client(headers=headers, timeout=timeout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -51,3 +51,32 @@ def mean(values: Sequence[float]) -> Estimate:
 def figure(estimate: Estimate) -> dict[str, float | int | None]:
     """An estimate for JSON, which has no NaN: an erase rate where nothing was to be erased is null."""
     return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+
+
+def mean_over(values: Sequence[float], prompts: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of a figure per picture, with its bootstrap interval over prompts: pictures of one prompt stand or fall together.
+
+    Args:
+        values: one per picture.
+        prompts: the prompt of each, in any form that tells prompts apart. None: each picture has its own.
+
+    Raises:
+        ValueError: for no values, or if there are not as many prompts.
+    """
+    rows = [(float(sum(values[index] for index in group)), float(len(group))) for group in groups(len(values), prompts)]
+    return bootstrap(rows, lambda table: float(table[:, 0].sum() / table[:, 1].sum()))
+
+
+def groups(count: int, prompts: Sequence[Hashable] | None) -> list[list[int]]:
+    """The positions of each prompt's pictures, in the order in which prompts appear.
+
+    Raises:
+        ValueError: if there are not as many prompts as pictures.
+    """
+    keys = range(count) if prompts is None else prompts
+    if len(keys) != count:
+        raise ValueError(f"there are {count} pictures, but {len(keys)} prompts; give the prompt of each picture")
+    found: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        found.setdefault(key, []).append(index)
+    return list(found.values())

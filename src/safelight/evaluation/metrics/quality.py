@@ -42,10 +42,11 @@ def frechet(base: Tensor, guarded: Tensor) -> Estimate:
         return Estimate(0.0, 0.0, 0.0, len(first))
     width = first.shape[1]
     rows = [tuple(row) for row in np.concatenate([first, second], axis=1)]
-    return bootstrap(rows, lambda table: _distance(table[:, :width], table[:, width:]), draws=DRAWS)
+    return bootstrap(rows, lambda table: distance(table[:, :width], table[:, width:]), draws=DRAWS)
 
 
-def _distance(first: np.ndarray, second: np.ndarray) -> float:
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    """The Fréchet distance of two sets of features, each [images, width]."""
     own, other = (np.cov(features, rowvar=False) for features in (first, second))
     values, vectors = np.linalg.eigh(own)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
