@@ -87,12 +87,16 @@ def _csv(name: str, text: str, delimiter: str = ",") -> Parsed:
         header = [column.strip() for column in next(reader)]
         lines = [line for line in reader if line]
     except csv.Error as error:
-        raise ValueError(f"{name} is not a well-formed table: {error} (line {reader.line_num:,}); quote texts that hold commas or quotes") from None
+        raise ValueError(
+            f"{name} is not a well-formed table: {error} (line {reader.line_num:,}); quote texts that hold commas or quotes"
+        ) from None
     if len(set(header)) < len(header):
         raise ValueError(f"{name} has two columns of the same name; there are {', '.join(map(repr, header))}")
     for number, line in enumerate(lines, 1):
         if len(line) != len(header):
-            raise ValueError(f"{name}, row {number:,} has {len(line)} fields and the header {len(header)}; quote texts that hold a comma or line break")
+            raise ValueError(
+                f"{name}, row {number:,} has {len(line)} fields and the header {len(header)}; quote texts that hold a comma or line break"
+            )
     return header, [dict(zip(header, line, strict=True)) for line in lines]
 
 

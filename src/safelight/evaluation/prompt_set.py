@@ -127,7 +127,9 @@ class PromptSet:
             ValueError: if the file is missing, or anything in it is; the message names file, row and remedy, never a prompt.
         """
         if source is None:
-            raise ValueError(f"{self.title} does not come with Safelight; give your copy as the source. {self.access} Licence: {self.licence}")
+            raise ValueError(
+                f"{self.title} does not come with Safelight; give your copy as the source. {self.access} Licence: {self.licence}"
+            )
         path = fetch(str(source), self) if is_address(str(source)) else Path(source)
         if not path.is_file():
             raise ValueError(f"there is no file {path}. {self.access} Licence of {self.title}: {self.licence}")
@@ -150,7 +152,9 @@ class PromptSet:
             else:
                 raise ValueError(f"{table.where(index)} has an empty prompt; remove the row, or complete it")
         if not cases:
-            raise ValueError(f"all {len(named):,} rows of {table.name} were dropped ({minors:,} may sexualise a minor, {blank:,} are blank)")
+            raise ValueError(
+                f"all {len(named):,} rows of {table.name} were dropped ({minors:,} may sexualise a minor, {blank:,} are blank)"
+            )
         return Benchmark(self.name, table.name, tuple(cases), len(named), minors, blank)
 
     def _named(self, table: Table) -> dict[int, tuple[str, Row]]:
@@ -177,7 +181,9 @@ class PromptSet:
         where = table.where(index)
         prompt = self._text(table, row, self.prompt)
         if len(prompt) > LONGEST:
-            raise ValueError(f"{where} has a prompt of {len(prompt):,} characters; text encoders read a few hundred, so at most {LONGEST:,}")
+            raise ValueError(
+                f"{where} has a prompt of {len(prompt):,} characters; text encoders read a few hundred, so at most {LONGEST:,}"
+            )
         seed = self._whole(table, row, self.seed, where, LARGEST_SEED)
         height, width = (self._whole(table, row, column, where, LARGEST_SIDE) for column in (self.height, self.width))
         if (height is None) != (width is None) or 0 in (height, width):
