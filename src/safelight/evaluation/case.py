@@ -35,6 +35,10 @@ class Case:
     image: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     """What to edit, [height, width, 3], for image-to-image benchmarks."""
     truth: Truth | None = None
+    guidance: float | None = None
+    """The guidance scale that the list gives for this row."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels that the list gives for this row."""
 
 
 @dataclass(frozen=True)
