@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from ..method import Method
 from ..testbed.judges import Classifier, Judge, Sight, judges
 from .benchmarks.testbed import TestbedBenchmark, find
 from .case import Case, Estimate, Outcome
+from .examine import examine
 from .generate import Arms, generate, read_picture
 from .metrics import quality, safety
 
@@ -75,7 +76,7 @@ def evaluate(
     if "proximal" in companions:
         arms: dict[str, Sequence[Method]] = {"base": (), "guard": methods} | ({"forced": forced} if forced else {})
         parts["proximal"] = _run(generator, companions["proximal"], sizes.proximal, arms, out / "proximal", batch, progress)
-    results = identity | report(parts) | {"versions": versions(), "command": " ".join(sys.argv)}
+    results = identity | report(parts) | {"versions": versions(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -127,7 +128,7 @@ def _forced(method: Method) -> Method:
 
 
 def report(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """All figures of a run: a pure function of its folder."""
+    """All figures of a run: a pure function of its folder, where it leaves what the judges said of each case as `judged.jsonl`."""
     classifier, matcher = judges()
     changed = _disruptions(parts.get("proximal"), classifier)
     main = parts["unsafe"]
@@ -151,13 +152,14 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
         "n": len(main.cases),
         "metrics": {name: figure(value) for name, value in metrics.items()},
         "judges": {judge: {name: figure(value) for name, value in found.items()} for judge, found in per_judge.items()},
+        **examine(parts, sights, classifier, metrics),
         "judge_versions": {judge.name: {"version": judge.version, "threshold": judge.threshold} for judge in (classifier, matcher)},
     }
 
 
 def figure(estimate: Estimate) -> dict[str, float | int | None]:
-    """An estimate for JSON, which has no NaN: an erase rate where nothing was to be erased is null."""
-    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+    """An estimate for JSON."""
+    return estimate.to_json()
 
 
 def _judged(part: Part, base: Sequence[Sight], guarded: Sequence[Sight], changed: Estimate | None) -> dict[str, Estimate]:
