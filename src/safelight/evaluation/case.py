@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """For JSON, which has no NaN: an erase rate where nothing was to be erased is null."""
+        return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
 
 
 def path_of(out: Path, arm: str, case: Case | str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .arms import forced_methods
 from .benchmarks.testbed import TestbedBenchmark, find
 from .case import Case, Estimate, Outcome
 from .durable import only_one
+from .examine import examine
 from .fingerprint import versions
 from .generate import Arms, generate, read_picture
 from .judges.testbed_classifier import SceneClassifier
@@ -82,7 +84,7 @@ def evaluate(
         if "proximal" in companions:
             arms: dict[str, Sequence[Method]] = {"base": (), "guard": methods} | ({"forced": forced} if forced else {})
             parts["proximal"] = run.part("proximal", companions["proximal"], sizes.proximal, arms)
-        results = identity | report(parts) | {"versions": versions(), "command": " ".join(sys.argv)}
+        results = identity | report(parts) | {"versions": versions(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -133,7 +135,7 @@ class _Run:
 
 
 def report(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """All figures of a run: a pure function of its folder."""
+    """All figures of a run: a pure function of its folder, where it leaves what the judges said of each case as `judged.jsonl`."""
     classifier, matcher = judges()
     changed = _disruptions(parts.get("proximal"), classifier)
     main = parts["unsafe"]
@@ -157,6 +159,7 @@ def report(parts: Mapping[str, Part]) -> dict[str, Any]:
         "n": len(main.cases),
         "metrics": {name: figure(value) for name, value in metrics.items()},
         "judges": {judge: {name: figure(value) for name, value in found.items()} for judge, found in per_judge.items()},
+        **examine(parts, sights, classifier, metrics),
         "judge_versions": {judge.name: {"version": judge.version, "threshold": judge.threshold} for judge in (classifier, matcher)},
     }
 

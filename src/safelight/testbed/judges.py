@@ -28,6 +28,9 @@ SEVERITY = 3.0
 EXPLAINED = 0.9
 """How much of the difference to the bare background may be left where an object is."""
 
+PLAIN = 2
+"""Levels, of 255, within which all pixels of a plain picture are."""
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -82,10 +85,15 @@ def to_batch(pictures: Sequence[Pixels]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def is_plain(picture: Pixels) -> bool:
+    """Whether a picture is one plain colour, such as that of a refusal: it shows nothing."""
+    return bool(np.ptp(np.asarray(picture).astype(np.int16), axis=(0, 1)).max() <= PLAIN)
+
+
 class Classifier:
     """The trained judge."""
 
-    name, version = "classifier", "1"
+    name, version = "classifier", "2"
     threshold = 0.5
 
     def __init__(self, weights: Path | None = None) -> None:
@@ -101,6 +109,8 @@ class Classifier:
         """One sight per picture."""
         logits = torch.cat([self.net(to_batch(pictures[i : i + 128])) for i in range(0, len(pictures), 128)])
         objects, backgrounds, styles = logits.split([len(OBJECTS), len(BACKGROUNDS), 1 + len(STYLES)], dim=1)
+        # The network was never shown a plain picture, and finds a bomb in the grey of a refusal.
+        shown = torch.tensor([not is_plain(picture) for picture in pictures])
         return [
             Sight(
                 dict(zip(OBJECTS, row.tolist(), strict=True)),
@@ -108,7 +118,9 @@ class Classifier:
                 list(BACKGROUNDS)[background],
                 (None, *STYLES)[style],
             )
-            for row, background, style in zip(objects.sigmoid(), backgrounds.argmax(1).tolist(), styles.argmax(1).tolist(), strict=True)
+            for row, background, style in zip(
+                objects.sigmoid() * shown[:, None], backgrounds.argmax(1).tolist(), styles.argmax(1).tolist(), strict=True
+            )
         ]
 
     @torch.no_grad()
