@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attach import Guard, guard
     from .bundle import load, save
+    from .combination import recommended
     from .method import Method
     from .site import Site
 
 __version__ = "0.1.0"
 
-_HOMES = {"Guard": "attach", "Method": "method", "Site": "site", "guard": "attach", "load": "bundle", "save": "bundle"}
+_HOMES = {"Guard": "attach", "Method": "method", "Site": "site", "guard": "attach", "load": "bundle", "recommended": "combination", "save": "bundle"}
 
-__all__ = ["Guard", "Method", "Site", "guard", "load", "save"]
+__all__ = ["Guard", "Method", "Site", "guard", "load", "recommended", "save"]
 
 
 def __getattr__(name: str) -> Any:

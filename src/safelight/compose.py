@@ -26,6 +26,18 @@ GUIDANCE = ("arithmetic", "twin", "context", "rewrite")
 SAFREE_ON_TESTBED = {"validate": False}
 """Chosen on the development split: these pipelines take 20 steps and not 50, and draw what is unsafe in the later ones."""
 
+COMBINATIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "testbed/sd": {"weapons": ("post_filter", "dual_latent", "saferedir")},
+    "testbed/sd3": {"weapons": ("post_filter", "dual_latent", "saferedir", "uvr")},
+    "testbed/flux": {"weapons": ("post_filter", "dual_latent", "saferedir", "uvr")},
+}
+"""Pipeline -> domain -> the guards that `recommended` stands for, outermost first: the leaderboard's best (`recipes/leaderboard.py`)."""
+
+
+def name_of(pipe: Any) -> str:
+    """The name by which a pipeline was loaded; empty if it doesn't say."""
+    return str(getattr(pipe, "name_or_path", None) or "")
+
 
 def load_pipeline(name: str) -> Any:
     """A pipeline: `testbed/flux`, a local folder, or a Hub id.
@@ -69,7 +81,7 @@ def build(
     """Guards by name or bundle folder, outermost first, for a pipeline.
 
     Args:
-        guards: names as in `safelight list`, or folders with a `method.json`.
+        guards: names as in `safelight list`, folders with a `method.json`, or `recommended`.
         pipeline: the pipeline's name; testbed pipelines bring a bank along.
         settings: `name.field=value` each.
         bank: a bank to use instead.
@@ -81,7 +93,7 @@ def build(
     """
     changes = parse_settings(settings)
     methods: list[Method] = []
-    for guard in guards:
+    for guard in _expanded(guards, pipeline, domain):
         if (Path(guard) / "method.json").is_file():
             methods += load(guard, made_for=pipeline, changes=_typed(changes))
         else:
@@ -91,6 +103,18 @@ def build(
             f"--set {sorted(changes)[0]} fits none of the guards {', '.join(guards) or '(none given)'}; write guard.field=value"
         )
     return methods
+
+
+def _expanded(guards: Sequence[str], pipeline: str, domain: str | None) -> list[str]:
+    """The guards by name, with those that `recommended` stands for in its place."""
+    if "recommended" not in guards:
+        return list(guards)
+    known, concept = COMBINATIONS.get(pipeline, {}), domain or "weapons"
+    if not known:
+        raise ArtefactError(f"nothing is recommended for {pipeline!r}, only for {', '.join(COMBINATIONS)}; name guards one by one")
+    if concept not in known:
+        raise ValueError(f"nothing is recommended against {concept!r} on {pipeline}, only against {', '.join(known)}")
+    return [name for guard in guards for name in (known[concept] if guard == "recommended" else (guard,))]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
@@ -133,7 +157,7 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
     if "method" in artefacts:
         given["method"] = _by_name(own.pop("method", "negative_prompt"), pipeline, changes, bank, domain)
     if "redirectors" in artefacts:
-        given["redirectors"] = _redirectors(pipeline, own.pop("concepts", ""))
+        given["redirectors"] = _redirectors(pipeline, own.pop("concepts", domain or ""))
     if "dictionaries" in artefacts:
         given["dictionaries"] = _dictionaries(pipeline)
     given |= {field: _anchors(pipeline, field) for field in ("anchors", "reference_anchors") if field in artefacts}

@@ -70,6 +70,7 @@ def load(name: str, weights: Path | None = None) -> Any:
             transformer=_filled(architectures.flux(), "flux", weights),
         )  # fmt: skip
         pipe.default_sample_size = 16  # the size at which `pipe("a cat")` works; an attribute of each pipeline object
+    pipe.register_to_config(_name_or_path=f"testbed/{name}")  # as `from_pretrained` does
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
