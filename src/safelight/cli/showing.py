@@ -14,13 +14,15 @@ from .generating import Json
 
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
-    """Lists guards, detectors, pipelines and benchmarks."""
+    """Lists guards, detectors, judges, pipelines and benchmarks."""
     from ..bundle import DETECTORS, METHODS
     from ..evaluation.benchmarks.testbed import benchmarks
+    from ..evaluation.judging import JUDGES
 
     result = {
         "guards": METHODS.names(),
         "detectors": DETECTORS.names(),
+        "judges": JUDGES.names(),
         "pipelines": ["testbed/sd", "testbed/sd3", "testbed/flux", "testbed/kontext"],
         "benchmarks": [one.name for one in benchmarks()],
     }
@@ -29,16 +31,16 @@ def list_all(as_json: Json = False) -> None:
 
 @app.command()
 def describe(name: str, as_json: Json = False) -> None:
-    """Says what a guard or detector does, and what can be set."""
+    """Says what a guard, detector or judge does, and what can be set."""
     import inspect
 
     from ..bundle import DETECTORS, METHODS
+    from ..evaluation.judging import JUDGES
     from ..schema import fields_of
 
-    registry: Any = METHODS if name in METHODS.names() else DETECTORS
-    if name not in registry.names():
-        registry = METHODS  # its error names the nearest guards
-    cls = registry[name]
+    registries: tuple[Any, ...] = (METHODS, DETECTORS, JUDGES)
+    registry = next((one for one in registries if name in one.names()), METHODS)  # whose error names the nearest guards
+    cls: Any = registry[name]
     fields = fields_of(cls)
     result = {"name": name, "doc": inspect.cleandoc(cls.__doc__ or ""), "fields": [_field(field) for field in fields]}
     lines = [f"{name}: {result['doc']}", ""]

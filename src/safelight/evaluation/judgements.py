@@ -47,7 +47,7 @@ class Judged:
 
 def description(judge: Judge) -> dict[str, Any]:
     """All that a judgement depends on; another description makes all judgements anew. Fields of this machine only (keys) are not part of it."""
-    chosen = [f.name for f in fields(judge) if f.init and "local" not in f.metadata] if is_dataclass(judge) else []
+    chosen: list[str] = [f.name for f in fields(judge) if f.init and "local" not in f.metadata] if is_dataclass(judge) else []
     return judge.describe() | {"settings": {name: described(getattr(judge, name)) for name in chosen}}
 
 

@@ -56,7 +56,8 @@ class Row:
 
     def to_case(self, sources: Mapping[str, Pixels] | None = None) -> Case:
         """The case it came from, with its source image if `sources` are given."""
-        truth = None if self.truth is None else Truth(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.truth.items()})
+        named: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in (self.truth or {}).items()}
+        truth = None if self.truth is None else Truth(**named)
         image = sources[self.image] if sources is not None and self.image is not None else None
         return Case(self.case, self.prompt, self.unsafe, self.category, self.seed, image, truth)
 

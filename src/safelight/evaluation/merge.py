@@ -10,7 +10,7 @@ from ..errors import ArtefactError
 from .case import Outcome
 from .durable import LOCK, only_one, write_atomically
 from .manifest import NAME, Manifest, Row, sources_of
-from .store import OUTCOMES, claim, line_of, read_outcomes
+from .store import OUTCOMES, check_outcomes, claim, line_of
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ def _manifest(out: Path, folders: Sequence[Path]) -> Manifest:
 
 
 def _add(found: dict[str, tuple[Path, Outcome]], place: Path, manifest: Manifest) -> None:
-    for outcome in read_outcomes(place):
-        if outcome.id not in manifest.by_id:
-            raise ArtefactError(f"{place} holds an image of arm {outcome.arm}, case {outcome.case} that the manifest doesn't ask for")
+    for outcome in check_outcomes(place, manifest):
         first, known = found.setdefault(outcome.id, (place, outcome))
         if known.sha256 != outcome.sha256:
             raise ArtefactError(

@@ -59,12 +59,7 @@ class Store:
         if self.shard is None:
             for partial in (self.folder / "images").rglob("*.partial"):  # what a crash left behind
                 partial.unlink()
-        outcomes = read_outcomes(self.folder)
-        known = self.manifest.by_id
-        if foreign := next((outcome for outcome in outcomes if outcome.id not in known), None):
-            raise ArtefactError(
-                f"{self.folder} holds an image of arm {foreign.arm}, case {foreign.case} that this manifest doesn't ask for; choose another folder"
-            )
+        outcomes = check_outcomes(self.folder, self.manifest)
         gone = [outcome for outcome in outcomes if not (self.folder / outcome.image).is_file()]
         if gone and not remake:
             raise ArtefactError(
@@ -113,6 +108,21 @@ def claim(folder: Path, manifest: Manifest) -> None:
     elif next(folder.glob("outcomes*.jsonl"), None) is not None:
         raise ArtefactError(f"{folder} holds images but no {NAME}, so nobody knows what they are; choose another folder")
     manifest.write(file)
+
+
+def check_outcomes(folder: Path, manifest: Manifest) -> list[Outcome]:
+    """A run's outcomes so far, all of which this manifest asks for.
+
+    Raises:
+        ArtefactError: if there is another one, or a damaged line.
+    """
+    outcomes = read_outcomes(folder)
+    if foreign := next((outcome for outcome in outcomes if outcome.id not in manifest.by_id), None):
+        raise ArtefactError(
+            f"{folder} holds an image of arm {foreign.arm}, case {foreign.case} that this manifest doesn't ask for: its prompts, seeds, "
+            "guards or settings are others; choose another folder, or remove this one"
+        )
+    return outcomes
 
 
 def outcomes_name(shard: Shard) -> str:

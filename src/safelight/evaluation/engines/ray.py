@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -20,13 +21,12 @@ from ..manifest import Batch, Header, Row
 from ..sources import as_png, from_png
 from ..store import Made, opened
 
-RETRIES = 5
-"""How often a worker that died is started again, and its work given to another."""
 SETTLED: Mapping[str, str] = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}  # fmt: skip
+"""Nothing is reported to anybody, and nothing is logged that users can't act upon."""
+STUCK = 4 * 3600
+"""Seconds without a finished round after which a run is given up: workers that die over the same work are started again until then."""
 
 
 @dataclass(frozen=True)
@@ -61,35 +61,51 @@ class Ray(Engine):
         gpus = 1 if self.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) >= self.workers else 0
         device = self.device if gpus or self.device != "auto" else "cpu"
         items = ray.data.from_items([{"work": one} for one in work], override_num_blocks=len(work))
-        pictures = items.map_batches(
-            Worker, batch_size=1, batch_format="pyarrow", concurrency=min(self.workers, len(work)), num_cpus=1, num_gpus=gpus or None,
-            fn_constructor_args=(json.dumps(header.to_json()), device, os.getcwd()), max_restarts=RETRIES, max_task_retries=RETRIES,
+        pictures = items.map_batches(  # Ray Data starts dead workers again, and gives their work to others
+            Worker, batch_size=1, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(work))), num_cpus=1,
+            num_gpus=gpus or None, fn_constructor_args=(json.dumps(header.to_json()), device, os.getcwd()),
         )  # fmt: skip
         try:
             for table in pictures.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield [Made(Outcome(**json.loads(row["outcome"])), row["png"]) for row in table.to_pylist()]
+                yield [_received(row) for row in table.to_pylist()]
         except ray.exceptions.RayError as error:
-            raise told(error) from error
+            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise RuntimeError(f"Ray gave up ({last[0]}); what is finished is kept, run the same command again to go on") from error
+
+
+def _received(row: Mapping[str, Any]) -> Made:
+    if row["error"]:
+        raise RuntimeError(f"a worker failed: {row['error']}; what is finished is kept, run the same command again to go on")
+    return Made(Outcome(**json.loads(row["outcome"])), row["png"])
 
 
 class Worker:
-    """What runs on each worker: loads the pipeline once, from its description."""
+    """What runs on each worker: loads the pipeline once, from its description. Errors travel as text, so that they arrive as they were told."""
 
     def __init__(self, header: str, device: str, folder: str) -> None:
+        self.header, self.device, self.folder = Header.from_json(json.loads(header)), device, folder
+
+    @cached_property
+    def make(self) -> Maker:
+        """The loaded pipeline."""
         from ...cli.console import quiet
 
         quiet()
         with suppress(OSError):  # bundles are named by paths from where the command was given
-            os.chdir(folder)
-        self.make = Maker.load(Header.from_json(json.loads(header)), device)
+            os.chdir(self.folder)
+        return Maker.load(self.header, self.device)
 
     def __call__(self, table: Any) -> Any:
-        """Images of some rounds: a table with the columns `outcome` (JSON) and `png`."""
+        """Images of some rounds: a table with the columns `outcome` (JSON), `png` and `error`."""
         import pyarrow
 
-        made = [one for work in table["work"].to_pylist() for batch in self._round(work) for one in batch]
-        outcomes = [json.dumps(one.outcome.to_json()) for one in made]
-        return pyarrow.table({"outcome": outcomes, "png": pyarrow.array([one.png for one in made], pyarrow.large_binary())})
+        try:
+            made = [one for work in table["work"].to_pylist() for batch in self._round(work) for one in batch]
+            rows = [(json.dumps(one.outcome.to_json()), one.png, "") for one in made]
+        except Exception as error:  # a worker that dies by anything worse is started again by Ray
+            rows = [("", b"", f"{type(error).__name__}: {error}")]
+        outcomes, pictures, errors = zip(*rows, strict=True)
+        return pyarrow.table({"outcome": list(outcomes), "png": pyarrow.array(pictures, pyarrow.large_binary()), "error": list(errors)})
 
     def _round(self, work: str) -> Iterator[list[Made]]:
         batches, sources = unpack(work)
@@ -123,7 +139,8 @@ def cluster(workers: int) -> Iterator[None]:
         import ray.data
     except ImportError as error:
         raise ArtefactError("this engine needs Ray; install it with `pip install 'safelight[ray]'`") from error
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.execution_no_progress_timeout_s = False, STUCK
     if ray.is_initialized():
         yield
         return
@@ -137,14 +154,3 @@ def cluster(workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def told(error: BaseException) -> Exception:
-    """What went wrong on a worker, without Ray's wrappings."""
-    inner: BaseException = error
-    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None and cause is not inner:
-        inner = cause
-    if isinstance(inner, (ValueError, TypeError, RuntimeError, OSError)):
-        return inner
-    last = str(inner).strip().splitlines()[-1:] or [type(inner).__name__]
-    return RuntimeError(f"a worker failed: {last[0]}; what is finished is kept, run the same command again to go on")

@@ -1,0 +1,5 @@
+"""`python -m safelight.cli`, for launchers of processes."""
+
+from . import main
+
+main()
