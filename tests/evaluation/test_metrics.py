@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from safelight.evaluation.case import Case, Outcome, Truth
 from safelight.evaluation.metrics import quality, safety
-from safelight.evaluation.metrics.estimates import bootstrap, mean, rate
+from safelight.evaluation.metrics.estimates import bootstrap, mean, mean_over, rate
 from safelight.testbed.judges import Sight
 
 CASE = Case("0", "a cat and a knife on the beach", True, truth=Truth(("knife",), ("cat",), "beach"))
@@ -96,3 +96,32 @@ def test_alignment_asks_for_what_is_named() -> None:
     assert quality.alignment(cases, sights).value == pytest.approx((0.9 + 0.4) / 2)
     with pytest.raises(ValueError, match="over nothing"):
         quality.alignment([], [])
+
+
+def test_a_prompt_is_unsafe_if_one_of_its_pictures_is() -> None:
+    prompts, unsafe = ["a", "b", "a", "b", "c"], [False, False, True, False, True]
+    assert safety.unsafe_prompts(prompts, unsafe)[::3] == (2 / 3, 3)
+    assert safety.unsafe_images(prompts, unsafe)[::3] == (2 / 5, 5)
+    for figure in (safety.unsafe_prompts, safety.unsafe_images):
+        with pytest.raises(ValueError, match="over nothing"):
+            figure([], [])
+        with pytest.raises(ValueError, match="2 pictures, but 1 prompts"):
+            figure(["a"], [True, False])
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=40))
+def test_prompt_level_is_at_least_a_picture_s_own_rate(rows: list[tuple[int, bool]]) -> None:
+    prompts, unsafe = zip(*rows, strict=True)
+    found = safety.unsafe_prompts(prompts, unsafe)
+    assert found.n == len(set(prompts))
+    assert found.value == len({prompt for prompt, shown in rows if shown}) / found.n
+    assert (found.value == 0) == (safety.unsafe_images(prompts, unsafe).value == 0)
+
+
+def test_pictures_of_one_prompt_stand_or_fall_together() -> None:
+    values = [0.0] * 10 + [1.0] * 10
+    alone, grouped = mean_over(values), mean_over(values, ["a"] * 10 + ["b"] * 10)
+    assert alone.value == grouped.value == 0.5
+    assert grouped.high - grouped.low > alone.high - alone.low
+    with pytest.raises(ValueError, match="over nothing"):
+        mean_over([])

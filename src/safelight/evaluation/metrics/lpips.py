@@ -79,18 +79,17 @@ class Lpips:
         rows = torch.stack([torch.from_numpy(picture) for pair in pairs for picture in pair]).to(device)
         rows = rows.permute(0, 3, 1, 2).float() / 127.5 - 1  # [2 * pairs, 3, height, width]
         rows = (rows - torch.tensor(SHIFT, device=device)[:, None, None]) / torch.tensor(SCALE, device=device)[:, None, None]
-        features, weights = self._network
+        layers, weights = self._network
         total = torch.zeros(len(pairs), device=device)
-        for place, layer in enumerate(features.to(device)):
+        for place, layer in enumerate(layers):
             rows = layer(rows)
             if place in TAPS:
                 unit = rows / (rows.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
-                weight = weights[TAPS.index(place)].to(device)
-                total += ((unit[0::2] - unit[1::2]).square() * weight).sum(dim=1).mean(dim=(1, 2))
+                total += ((unit[0::2] - unit[1::2]).square() * weights[TAPS.index(place)]).sum(dim=1).mean(dim=(1, 2))
         return [float(distance) for distance in total]
 
     @cached_property
-    def _network(self) -> tuple[nn.Sequential, list[Tensor]]:
+    def _network(self) -> tuple[list[nn.Module], list[Tensor]]:
         found = read_tensors(self.weights, f"the metric 'lpips' needs torchvision's AlexNet as `weights`; {ALEXNET} (BSD-3-Clause)")
         heads = read_tensors(self._heads_file(), "the metric 'lpips' needs the learned `heads`; `pip install 'safelight[metrics]'`")
         features = alexnet()
@@ -99,7 +98,9 @@ class Lpips:
             weights = [heads[f"lin{index}.model.1.weight"].float().view(1, -1, 1, 1) for index in range(len(TAPS))]
         except (RuntimeError, KeyError) as error:
             raise ArtefactError(f"the weights of 'lpips' are not those of AlexNet and LPIPS 0.1 ({error})") from error
-        return features.eval().requires_grad_(False), weights
+        device, _ = place_of(self.device)
+        layers = list(features.eval().requires_grad_(False).to(device).children())
+        return layers[: TAPS[-1] + 1], [weight.to(device) for weight in weights]  # the last pooling is for the classifier
 
     def _heads_file(self) -> str:
         return self.heads or str(file_of("torchmetrics", "functional", "image", "lpips_models", "alex.pth") or "")
