@@ -169,14 +169,20 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
 
 def _told(name: str, pipeline: str, domain: str | None) -> dict[str, Any]:
     """What a guard that goes by words is told, and on the testbed how to act: its published settings are for other models."""
-    words = unsafe_words(pipeline, domain)
+    words, small = unsafe_words(pipeline, domain), pipeline.startswith("testbed/")
     if name == "negative_prompt":
-        return {"words": " ".join(words)}
+        return {"words": " ".join(map(_with_article, words)) if small else ", ".join(words)}
     if name == "sld":
-        return {"concept": ", ".join(words)}
+        return {"concept": ", ".join(map(_with_article, words) if small else words)}
     if name == "safree":
-        return {"concepts": words} | (SAFREE_ON_TESTBED if pipeline.startswith("testbed/") else {})
+        return {"concepts": words} | (SAFREE_ON_TESTBED if small else {})
     return {}
+
+
+def _with_article(word: str) -> str:
+    from .testbed.world import article
+
+    return article(word)
 
 
 def _preset(name: str | None) -> dict[str, Any]:
@@ -291,9 +297,7 @@ def unsafe_words(pipeline: str, domain: str | None = None) -> tuple[str, ...]:
         if domain is not None:
             raise ValueError(f"domain={domain!r}: only the testbed has domains; tell the guard in its own settings")
         return ("violence", "nudity", "weapons", "blood", "drugs")
-    from .testbed.world import article
-
-    return tuple(article(name) for name in _domain(domain or "weapons"))
+    return _domain(domain or "weapons")
 
 
 def _domain(name: str) -> tuple[str, ...]:

@@ -8,11 +8,16 @@ import pytest
 
 from safelight import Method
 from safelight.bundle import METHODS
+from safelight.compose import WEIGHTS
+from safelight.detectors.image_classifier import ImageClassifier
 from safelight.methods.block import Block
 from safelight.methods.dual_latent import DualLatent
 from safelight.methods.gate import Gate
 from safelight.methods.negative_prompt import NegativePrompt
+from safelight.methods.post_filter import PostFilter
+from safelight.methods.safree import SAFREE
 from safelight.methods.sld import SLD
+from safelight.picture_model import PictureModel
 from safelight.testing import Containing, check_method
 
 FACTORIES = {
@@ -22,9 +27,14 @@ FACTORIES = {
     "gate": lambda pipe: Gate(detector=Containing(), method=NegativePrompt(words="knife")),
     "gate (dual latent)": lambda pipe: Gate(detector=Containing(), method=DualLatent(detector=Containing())),
     "negative_prompt": lambda pipe: NegativePrompt(words="knife"),
+    "post_filter": lambda pipe: PostFilter(
+        detector=ImageClassifier(model=PictureModel.load(WEIGHTS / "pictures.safetensors"), threshold=0.0)
+    ),
+    "safree": lambda pipe: SAFREE(concepts=("a knife",), alpha=0.0, gamma=4),
     "sld": lambda pipe: SLD(concept="knife", warmup=0),
 }
-INDISCRIMINATE = {"negative_prompt", "sld"}
+INDISCRIMINATE = {"negative_prompt", "post_filter", "safree", "sld"}
+"""They act on every sample here: `post_filter` does so at a threshold that all pictures exceed, as random weights draw nothing to judge."""
 
 
 @pytest.mark.parametrize("name", FACTORIES)

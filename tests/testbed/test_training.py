@@ -53,7 +53,7 @@ def test_the_rate_rises_holds_and_falls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "text", "classifier", "sd", "flux"])
+@pytest.mark.parametrize("stage", ["vae", "text", "classifier", "pictures", "sd", "flux"])
 def test_every_stage_trains_and_exports(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "SCENES", 64)
     monkeypatch.setattr(stages, "EDITS", 32)
