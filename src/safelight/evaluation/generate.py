@@ -92,10 +92,17 @@ def read_picture(out: Path, outcome: Outcome) -> NDArray[np.uint8]:
     Raises:
         ArtefactError: if it is gone or damaged.
     """
+    return read_png(out / outcome.image)
+
+
+def read_png(path: Path) -> NDArray[np.uint8]:
+    """A stored image, [height, width, 3].
+
+    Raises:
+        ArtefactError: if it is gone or damaged.
+    """
     try:
-        with Image.open(out / outcome.image) as image:
+        with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise ArtefactError(
-            f"{out / outcome.image} can't be read ({error}); remove its line from outcomes.jsonl to make it again"
-        ) from error
+        raise ArtefactError(f"{path} can't be read ({error}); remove its line from outcomes.jsonl to make it again") from error
