@@ -40,7 +40,13 @@ def report(
         {"run": str(run.folder), "name": run.name, "findings": run.results.get("diagnosis", {}).get("findings")} for run in folders
     ]
     missing = [cell for board in boards for cell in board.missing]
-    result = {"report": str(out), "runs": told, "strength": beyond, "missing": missing, "markdown": None if markdown is None else str(markdown)}
+    result = {
+        "report": str(out),
+        "runs": told,
+        "strength": beyond,
+        "missing": missing,
+        "markdown": None if markdown is None else str(markdown),
+    }
     emit(result, as_json, "\n".join([*_lines(told, beyond, missing), str(out)]))
 
 

@@ -98,7 +98,7 @@ def _action(action: dict[str, Any]) -> str:
     if action.get("flagged") and action.get("concept"):
         words.append(str(action["concept"]))
     if action.get("score") is not None and action.get("threshold") is not None:
-        words.append(f"{action['score']:.2f} against {action['threshold']:.2f}")
+        words.append(f"score {action['score']:.2f}, limit {action['threshold']:.2f}")
     return ", ".join(words)
 
 

@@ -43,19 +43,24 @@ def _round_step(rough: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough - 1e-12)
 
 
+NEAR = 1e-3
+"""What a value may be outside of a range of shares and be drawn at its end: cosines are a little off 0 and 1."""
+
+
 def axis(
-    estimates: Sequence[Estimate], share: bool, *, length: float = 100.0, flipped: bool = False, through: Sequence[float] = ()
-) -> Axis:
-    """An axis that holds all intervals: from 0 to 1 for shares unless something lies outside, else with a little room."""
+    estimates: Sequence[Estimate], share: bool, *, length: float = 100.0, flipped: bool = False, through: Sequence[float] = (),
+    fitted: bool = False,
+) -> Axis:  # fmt: skip
+    """An axis that holds all intervals: from 0 to 1 for shares unless something lies outside, or fitted to the next round values."""
     ends = [value for one in estimates for value in (one.value, one.low, one.high) if not math.isnan(value)] + list(through)
-    if share:
+    if share and not fitted:
         low, high = min([0.0, *ends]), max([1.0, *ends])
-        return Axis(math.floor(low * 4 + 1e-9) / 4, math.ceil(high * 4 - 1e-9) / 4, length, True, flipped)
+        return Axis(math.floor((low + NEAR) * 4) / 4, math.ceil((high - NEAR) * 4) / 4, length, True, flipped)
     low, high = min(ends, default=0.0), max(ends, default=1.0)
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+    if high - low < NEAR:
+        low, high = (high - 0.1, high) if share else (low, low + 1)
     step = _round_step((high - low) / 4)
-    return Axis(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, length, False, flipped)
+    return Axis(math.floor((low + NEAR * step) / step) * step, math.ceil((high - NEAR * step) / step) * step, length, share, flipped)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def mark(estimate: Estimate, on: Axis, kind: str = "guard", title: str = "") -> 
     if math.isnan(estimate.value):
         return None
     low, high = (estimate.value if math.isnan(end) else end for end in (estimate.low, estimate.high))
-    return Mark(on.at(estimate.value), *sorted((on.at(low), on.at(high))), kind, title)
+    ends = sorted((on.at(low), on.at(high)))
+    return Mark(on.at(estimate.value), ends[0], ends[1], kind, title)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -65,7 +65,7 @@ def interval(estimate: Estimate, share: bool = True) -> str:
     """A figure's interval in words."""
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return "no interval"
-    return f"{number(estimate.low, share)} to {number(estimate.high, share)}"
+    return f"{number(estimate.low, share).removesuffix(' %')} to {number(estimate.high, share)}"
 
 
 def number(value: float, share: bool) -> str:

@@ -135,7 +135,7 @@ def _cell(file: Path, index: int, given: Any) -> BoardCell:
     keys = [given.get(key) for key in ("method", "backbone", "column")] if isinstance(given, dict) else [None]
     if not all(isinstance(key, str) and key for key in keys):
         raise ArtefactError(f"{where} does not name its method, backbone and column: {json.dumps(given)[:200]}")
-    method, backbone, column = keys
+    method, backbone, column = map(str, keys)
     where += f" ({method} / {backbone} / {column})"
     if column not in COLUMNS:
         raise ArtefactError(f"{where}: there is no column {column!r}; there are {', '.join(COLUMNS)}")
@@ -169,9 +169,7 @@ def _estimate(where: str, name: str, given: Any) -> Estimate:
 def _claim(file: Path, index: int, given: Any) -> Claim:
     if not isinstance(given, dict) or not given.get("claim") or given.get("holds") not in (True, False, None):
         raise ArtefactError(f'{file}, claim {index} needs a "claim", and "holds" as true, false or null: {json.dumps(given)[:200]}')
-    return Claim(
-        str(given["claim"]), str(given.get("source", "")), given.get("holds"), str(given.get("figures", ""))
-    )
+    return Claim(str(given["claim"]), str(given.get("source", "")), given.get("holds"), str(given.get("figures", "")))
 
 
 def markdown(board: Leaderboard) -> str:

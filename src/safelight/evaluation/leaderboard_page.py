@@ -71,6 +71,8 @@ class BackbonePage:
     columns: Sequence[Column]
     rows: Sequence[tuple[str, Sequence[Heat]]]
     scatter: Scatter
+    impossible: Sequence[str]
+    """What can't be, and why."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ def _backbone(board: Leaderboard, backbone: str) -> BackbonePage:
     columns = [Column(title(c, name), label(name).better, "attacks" if name == "asr" else "costs") for c, name in shown]
     worst = {one: _worst([board.figure(method, backbone, *one) for method in board.methods]) for one in shown}
     rows = [(method, [_heat(board, method, backbone, *one, worst[one]) for one in shown]) for method in board.methods]
-    return BackbonePage(backbone, columns, rows, _scatter(board, backbone))
+    reasons = dict.fromkeys(
+        f"{cell.method}: {cell.impossible}" for cell in board.cells.values() if cell.backbone == backbone and cell.impossible
+    )
+    return BackbonePage(backbone, columns, rows, _scatter(board, backbone), list(reasons))
 
 
 def _worst(found: Sequence[Estimate | None]) -> float:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup, escape
 
 from .. import __version__
-from .case import Estimate
 from .curve_page import curve_plots
 from .labels import interval, written
 from .leaderboard import Leaderboard
 from .leaderboard_page import panels
 from .run_folder import RunFolder
 from .run_page import comparison, run_page
-from .strength import curve
+from .strength import curve, estimate
 
 PICTURES = 24
 """Cases of each part that a page shows."""
@@ -50,7 +49,8 @@ def environment() -> Environment:
     made = Environment(loader=PackageLoader("safelight"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True)
     made.filters["written"] = written
     made.filters["interval"] = interval
-    made.filters["figure"] = lambda found: Estimate(*(math.nan if found[key] is None else found[key] for key in Estimate._fields))
+    made.filters["marked"] = marked
+    made.filters["figure"] = estimate
     return made
 
 
@@ -64,3 +64,9 @@ def write(
     partial.write_text(text, encoding="utf-8")
     partial.replace(out)
     return out
+
+
+def marked(text: str) -> Markup:
+    """Words between back-ticks as code."""
+    words = [escape(word) for word in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(word) if index % 2 else word for index, word in enumerate(words))

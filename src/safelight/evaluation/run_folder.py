@@ -12,7 +12,7 @@ from ..errors import ArtefactError
 from .case import Estimate, Outcome
 from .generate import read_outcomes
 from .judged import Judged, read_judged
-from .strength import estimate
+from .strength import estimate, settings_of
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class RunFolder:
     def name(self) -> str:
         """What a page calls it: guard, settings and pipeline."""
         guard = str(self.results.get("guard") or self.folder.resolve().name)
-        settings = self.results.get("settings") or []
-        given = [f"{key}={value}" for key, value in settings.items()] if isinstance(settings, Mapping) else [str(one) for one in settings]
-        return " ".join([guard, *given, *([f"on {self.results['pipeline']}"] if self.results.get("pipeline") else [])])
+        given = [f"{name.removeprefix(guard + '.')}={value}" for name, value in settings_of(self.results).items()]
+        where = [f"on {self.results['pipeline']}"] if self.results.get("pipeline") else []
+        return " ".join([", ".join([guard, *given]), *where])
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Estimate]:

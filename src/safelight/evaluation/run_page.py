@@ -51,6 +51,8 @@ class RunPage:
 
     run: RunFolder
     name: str
+    hero: Sequence[tuple[str, str, str]]
+    """A few large figures: value, what it is, interval."""
     groups: Mapping[str, Sequence[Row]]
     judges: Sequence[Row]
     judge_names: Sequence[str]
@@ -73,13 +75,28 @@ def run_page(run: RunFolder, pictures: int) -> RunPage:
     everything = [one for found in run.categories.values() for one in found.values()]
     shared = axis(everything, True)
     return RunPage(
-        run, run.name, headline(run), judge_rows(run), list(run.judges), agreement(run), direction(run),
+        run, run.name, hero(run), headline(run), judge_rows(run), list(run.judges), agreement(run), direction(run),
         [_category(name, found, shared) for name, found in run.categories.items()], shared,
         (diagnosis or {}).get("findings", ()), (diagnosis or {}).get("not_assessed", {}), diagnosis is not None,
         {part: grid(run, part, pictures) for part in run.parts},
         {part: _seconds(run, part) for part in run.parts if run.parts[part]},
         {part: seeds(pairs) for part, pairs in run.parts.items()},
     )  # fmt: skip
+
+
+HERO = {"unsafe_rate": "of unsafe prompts are unsafe", "retention": "of their harmless content kept", "untouched": "harmless prompts untouched",
+        "over_refusal": "harmless prompts flagged", "overhead_unsafe": "times the seconds, unsafe prompts"}  # fmt: skip
+
+
+def hero(run: RunFolder) -> list[tuple[str, str, str]]:
+    """The figures that people ask for first."""
+    found, told = run.metrics, []
+    for name, meaning in HERO.items():
+        if name in found:
+            share, base = label(name).share, found.get(f"{name}_base")
+            before = f"{written(base, share)} → " if base else ""
+            told.append((before + written(found[name], share), meaning, interval(found[name], share)))
+    return told
 
 
 def _category(name: str, found: Mapping[str, Estimate], on: Axis) -> tuple[str, list[Mark], list[Cell]]:
