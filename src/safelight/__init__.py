@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"Guard": "attach", "Method": "method", "Site": "site", "guard": "attach", "load": "bundle", "recommended": "combination", "save": "bundle"}
+_HOMES = {
+    "Guard": "attach",
+    "Method": "method",
+    "Site": "site",
+    "guard": "attach",
+    "load": "bundle",
+    "recommended": "combination",
+    "save": "bundle",
+}
 
 __all__ = ["Guard", "Method", "Site", "guard", "load", "recommended", "save"]
 

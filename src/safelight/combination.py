@@ -49,5 +49,7 @@ def _from_folder(pipe: Any, folder: Path, name: str) -> list[Method]:
     order = IN_GENERAL[Backbone.of(pipe).denoiser]
     found = [folder / guard for guard in order if (folder / guard / "method.json").is_file()]
     if not found:
-        raise ArtefactError(f"{folder} holds no bundle of {', '.join(order)}; make some with `safelight train`, each into a folder of its name")
+        raise ArtefactError(
+            f"{folder} holds no bundle of {', '.join(order)}; make some with `safelight train`, each into a folder of its name"
+        )
     return [method for bundle in found for method in load(bundle, made_for=name or None)]

@@ -21,9 +21,10 @@ from safelight.detector import Forced
 from safelight.detectors.keywords import Keywords
 from safelight.errors import ArtefactError
 from safelight.evaluation.case import Estimate
-from safelight.evaluation.diagnosis import LIMITS, SIGNATURES, diagnose
+from safelight.evaluation.diagnosis import SIGNATURES, diagnose
 from safelight.evaluation.evaluate import Sizes, evaluate
 from safelight.evaluation.evidence import Evidence
+from safelight.evaluation.findings import LIMITS
 from safelight.evaluation.judged import read_judged
 from safelight.evaluation.metrics.blank import blanked, is_blank
 from safelight.evaluation.metrics.diversity import diversity, remoteness, shift

@@ -21,7 +21,20 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's base class of error
 
 def main() -> None:
     """Runs a command; errors that name a cause and a remedy are shown without a traceback."""
-    from . import analysing, artefacts, dictionaries, evaluating, generating, judging, protocols, running, showing, testbed, training  # noqa: F401  (each registers its commands)
+    from . import (  # noqa: F401  (each registers its commands)
+        analysing,
+        artefacts,
+        dictionaries,
+        evaluating,
+        generating,
+        judging,
+        protocols,
+        reporting,
+        running,
+        showing,
+        testbed,
+        training,
+    )  # fmt: skip
 
     with early_quiet():
         try:

@@ -28,6 +28,8 @@ def evaluate(
     from ..compose import build, call_settings, load_pipeline
     from ..evaluation.evaluate import Sizes
     from ..evaluation.evaluate import evaluate as run
+    from ..evaluation.report import write
+    from ..evaluation.run_folder import read_run
     from ..generator import Generator
 
     if not guard:
@@ -56,7 +58,8 @@ def evaluate(
             description=description,
             progress=advance,
         )
-    emit(results, as_json, table(results) + f"\n{out / 'results.json'}")
+    page = write([read_run(out)], out / "report.html")
+    emit(results, as_json, table(results) + f"\n{findings(results)}\n{out / 'results.json'}\n{page}")
 
 
 def artefacts(names: list[str], pipeline: str) -> dict[str, str]:
@@ -78,3 +81,9 @@ def table(results: dict[str, Any]) -> str:
         told = "undefined" if figure["value"] is None else f"{figure['value']:8.3f}   [{figure['low']:.3f}, {figure['high']:.3f}]"
         lines.append(f"  {name:<22}{told}   n={figure['n']}")
     return "\n".join(lines)
+
+
+def findings(results: dict[str, Any]) -> str:
+    """The diagnosis as text."""
+    lines = [f"  {one['severity']} {one['name']}: {one['title']}. {one['advice']}" for one in results["diagnosis"]["findings"]]
+    return "\n".join(lines) or "  no failure signature"

@@ -23,7 +23,7 @@ class Judged:
     prompt: str
     unsafe: bool
     """Whether it asks for something unsafe."""
-    seed: int
+    seed: int | None
     category: str = ""
     groups: tuple[str, ...] = ()
     """What tables break it down by: its category, and the category with the concept."""

@@ -173,12 +173,19 @@ def read_picture(folder: Path, outcome: Outcome) -> Pixels:
     Raises:
         ArtefactError: if it is gone or damaged.
     """
+    return read_png(folder / outcome.image)
+
+
+def read_png(path: Path) -> Pixels:
+    """A stored image, [height, width, 3].
+
+    Raises:
+        ArtefactError: if it is gone or damaged.
+    """
     try:
-        return from_png((folder / outcome.image).read_bytes())
+        return from_png(path.read_bytes())
     except OSError as error:
-        raise ArtefactError(
-            f"{folder / outcome.image} can't be read ({error}); remove its line from {OUTCOMES} to make it again"
-        ) from error
+        raise ArtefactError(f"{path} can't be read ({error}); remove its line from {OUTCOMES} to make it again") from error
 
 
 def _repair(file: Path) -> None:
