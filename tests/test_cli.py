@@ -32,6 +32,7 @@ def test_help_lists_the_frozen_commands(monkeypatch: pytest.MonkeyPatch, capsys:
         "edit",
         "demo",
         "evaluate",
+        "report",
         "calibrate",
         "bank",
         "list",
@@ -136,6 +137,7 @@ def test_evaluate_calibrate_and_bank(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert safelight(monkeypatch, *words) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 2
+    assert "block on testbed/sd" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_describe_and_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +164,8 @@ BAD = [
     (("generate", "a cat", "-g", "block", "--bank", "/nowhere.safetensors"), "can't be read as a bank"),
     (("edit", "/nowhere.png", "add a cat"), "there is no file"),
     (("evaluate", "-o", "/tmp/never"), "nothing to evaluate"),
+    (("report", "/nowhere/at/all"), "holds no run"),
+    (("report", "/nowhere/at/all", "--markdown", "x.md"), "holds no run"),
     (("evaluate", "-g", "block", "-b", "testbed/clowns", "-o", "/tmp/never"), "no benchmark 'testbed/clowns'"),
     (("evaluate", "-g", "block", "-p", "testbed/kontext", "-o", "/tmp/never"), "don't go together"),
     (("generate", "a cat", "-g", "negative_prompt", "--set", "negative_prompt.words= "), "words is empty"),

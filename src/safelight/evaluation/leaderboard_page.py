@@ -163,7 +163,7 @@ def _scatter(board: Leaderboard, backbone: str) -> Scatter:
             absent.append(method)
         else:
             placed.append((method, paid, *success))
-    x = axis([paid for _, paid, _, _ in placed], False, length=WIDE, through=(0.0,))
+    x = axis([paid for _, paid, _, _ in placed], True, length=WIDE, through=(0.0,), fitted=True)
     y = Axis(0, 1, HIGH, True, flipped=True)
     spots = [(paid.value, success.value) for _, paid, _, success in placed]
     front = pareto(spots)
