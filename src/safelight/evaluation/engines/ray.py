@@ -88,9 +88,6 @@ class Worker:
     @cached_property
     def make(self) -> Maker:
         """The loaded pipeline."""
-        from ...cli.console import quiet
-
-        quiet()
         with suppress(OSError):  # bundles are named by paths from where the command was given
             os.chdir(self.folder)
         return Maker.load(self.header, self.device)
