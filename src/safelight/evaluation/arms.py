@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..compose import build
+from ..compose import WEIGHTS, build
 from ..detector import Detector, Forced
 from ..errors import ArtefactError
 from ..method import Method
@@ -26,7 +26,7 @@ class Arm:
     """A bank's file, instead of the one that comes along."""
     forced: bool = False
     """Whether detectors flag everything."""
-    methods: Sequence[Any] = field(default=())
+    methods: Sequence[Any] = ()
     """The methods with all of their settings, weights by their hash."""
 
     @classmethod
@@ -40,12 +40,12 @@ class Arm:
             ArtefactError: if weights are missing or were made for another pipeline.
         """
         arm = cls(tuple(guards), tuple(settings), None if bank is None else str(bank), forced)
-        return replace(arm, methods=describe(arm._methods(pipeline)))
+        return replace(arm, methods=tuple(describe(arm._methods(pipeline))))
 
     @classmethod
     def of(cls, methods: Sequence[Method]) -> Arm:
         """Describes methods that exist already; they can't be built elsewhere."""
-        return cls(methods=describe(methods))
+        return cls(methods=tuple(describe(methods)))
 
     @property
     def hash(self) -> str:
@@ -77,7 +77,7 @@ class Arm:
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Arm:
         """The arm of a manifest's header."""
-        return cls(**{**given, "guards": tuple(given["guards"]), "settings": tuple(given["settings"])})
+        return cls(**{**given, "guards": tuple(given["guards"]), "settings": tuple(given["settings"]), "methods": tuple(given["methods"])})
 
     def _methods(self, pipeline: str) -> list[Method]:
         methods = build(self.guards, pipeline, self.settings, None if self.bank is None else Path(self.bank))
@@ -111,10 +111,8 @@ def _forced(method: Method) -> Method:
 def pipeline_artefacts(name: str) -> Mapping[str, str]:
     """What a pipeline's images depend on: hashes of bundled weights; of a local folder, its configurations' and its weights' sizes."""
     if name.startswith("testbed/"):
-        from ..testbed.pipelines import weights_folder
-
         parts = {"sd": ("unet", "clip"), "sd3": ("sd3", "clip", "t5"), "flux": ("flux", "clip", "t5"), "kontext": ("flux", "clip", "t5")}
-        files = [weights_folder() / f"{part}.safetensors" for part in ("vae", *parts.get(name.removeprefix("testbed/"), ()))]
+        files = [WEIGHTS / f"{part}.safetensors" for part in ("vae", *parts.get(name.removeprefix("testbed/"), ()))]
         return {file.name: digest_file(file) for file in files if file.is_file()}
     folder = Path(name)
     if not folder.is_dir():

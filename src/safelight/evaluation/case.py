@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -64,7 +64,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 class Estimate(NamedTuple):
@@ -82,7 +82,12 @@ class Estimate(NamedTuple):
 
 def path_of(out: Path, arm: str, case: Case | str) -> Path:
     """Where the image of a case (or of the case of that id) lies."""
-    return out / "images" / file_name(arm) / f"{file_name(case if isinstance(case, str) else case.id)}.png"
+    return out / image_of(arm, case if isinstance(case, str) else case.id)
+
+
+def image_of(arm: str, case: str) -> str:
+    """The file of an image, below the run's folder."""
+    return f"images/{file_name(arm)}/{file_name(case)}.png"
 
 
 def file_name(name: str) -> str:

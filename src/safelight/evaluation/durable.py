@@ -20,11 +20,14 @@ def write_atomically(path: Path, contents: bytes) -> None:
     """Writes a file so that no reader, and no crash, ever finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
-    with partial.open("wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_lines(file: Path, remedy: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from ..errors import ArtefactError
 from ..generator import Generator, as_bytes
 from ..method import Method
 from .arms import Arm, pipeline_artefacts
-from .case import Case, Outcome, path_of
+from .case import Case, Outcome, image_of
 from .durable import write_atomically
 from .fingerprint import DIGITS, described, digest_array
 from .manifest import Batch, Header, Row, plan
@@ -89,8 +89,9 @@ def built(header: Header) -> Arms:
 def _made(row: Row, image: Any, seconds: float, record: dict[str, Any] | None) -> Made:
     hashed = hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:DIGITS]
     stored = as_bytes(image)
-    path = str(path_of(Path(), row.arm, row.case))
-    return Made(Outcome(row.case, row.arm, path, hashed, seconds, record, row.id, digest_array(stored)), as_png(stored))
+    return Made(
+        Outcome(row.case, row.arm, image_of(row.arm, row.case), hashed, seconds, record, row.id, digest_array(stored)), as_png(stored)
+    )
 
 
 def write_png(image: NDArray[np.float32], path: Path) -> None:

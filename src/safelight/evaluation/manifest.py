@@ -135,8 +135,12 @@ class Manifest:
 
     def write(self, file: Path) -> None:
         """Writes it as JSONL: the header, then one line per row."""
+        write_atomically(file, self.contents())
+
+    def contents(self) -> bytes:
+        """What the file holds."""
         lines = (canonical(self._head()), *(canonical(vars(row)) for row in self.rows))
-        write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
+        return "".join(f"{line}\n" for line in lines).encode()
 
     def _head(self) -> dict[str, Any]:
         head = {"format": FORMAT, **self.header.to_json(), "rows": len(self.rows), "digest": digest([row.id for row in self.rows])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,14 @@ def merge(out: Path, folders: Sequence[Path] = ()) -> Merged:
 
 
 def _manifest(out: Path, folders: Sequence[Path]) -> Manifest:
-    known = [Manifest.read(place / NAME) for place in (out, *folders) if place != out or (out / NAME).is_file() or not folders]
-    for place, other in zip(folders[::-1], known[::-1], strict=False):
-        if other.by_id.keys() != known[0].by_id.keys():
-            raise ArtefactError(f"{place} is a run of another manifest than {out if out not in folders else folders[0]}; merge runs of one")
-    claim(out, known[0])
-    return known[0]
+    places = [place for place in (out, *folders) if place != out or not folders or (out / NAME).is_file()]
+    first, *others = [Manifest.read(place / NAME) for place in places]
+    for place, other in zip(places[1:], others, strict=True):
+        if other.by_id.keys() != first.by_id.keys():
+            raise ArtefactError(f"{place} is a run of another manifest than {places[0]}; merge only runs of one manifest")
+    if places[0] != out:
+        claim(out, first)
+    return first
 
 
 def _add(found: dict[str, tuple[Path, Outcome]], place: Path, manifest: Manifest) -> None:
@@ -66,8 +69,8 @@ def _add(found: dict[str, tuple[Path, Outcome]], place: Path, manifest: Manifest
 
 
 def _bring(place: Path, out: Path, outcome: Outcome) -> None:
-    image = place / outcome.image
-    if not image.is_file():
+    image = f"{place}/{outcome.image}"
+    if not os.path.isfile(image):  # many of them: Path is slow
         raise ArtefactError(f"{image} is missing, though it has a line in {place}; put it back, or run {place} again with --remake")
     if place != out:
-        write_atomically(out / outcome.image, image.read_bytes())
+        write_atomically(out / outcome.image, Path(image).read_bytes())
