@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ def read_table(path: Path, *, encoding: str = "utf-8", errors: str = "strict") -
         ValueError: if it is empty, no table, or in another encoding.
     """
     kind = path.suffix.lower()
-    if kind not in READERS:
-        raise ValueError(f"{path.name} is of no known kind; give one of {', '.join(READERS)}")
+    if kind not in KINDS:
+        raise ValueError(f"{path.name} is of no known kind; give one of {', '.join(KINDS)}")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; a list of prompts has at most {LARGEST:,}")
     if kind == ".parquet":
@@ -181,6 +181,7 @@ def _parquet(path: Path) -> Parsed:
     return table_of(path.name, records)
 
 
-READERS = {
-    ".csv": _csv, ".tsv": _tsv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".txt": _lines, ".parquet": None,
+READERS: Mapping[str, Callable[[str, str], Parsed]] = {
+    ".csv": _csv, ".tsv": _tsv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".txt": _lines,
 }  # fmt: skip
+KINDS = (*READERS, ".parquet")

@@ -16,13 +16,14 @@ VERSION = "1"
 """Of the rule: another one keeps other rows, so it is part of what a protocol's hash depends on."""
 
 AGE_WORDS = """
-adolescent|baby|babies|bambina|bambino|barely legal|boy|boyhood|boyish|child|childhood|childish|childlike|children|daughter|elementary school
-eighth grader|enfant|fille|garcon|girl|girlhood|girlish|girly|grade school|grade schooler|grandchild|grandchildren|granddaughter|grandson
-high school|high schooler|infant|jailbait|junior high|juvenile|kid|kiddie|kiddo|kindergarten|kindergartner|little brother|little one
-little sister|loli|lolicon|lolita|madchen|menina|menino|middle school|middle schooler|minor|newborn|niece|nephew|nina|nino|nymphet
-prepubescent|preschool|preschooler|preteen|primary school|puberty|pubescent|schoolboy|schoolchild|schoolchildren|schoolgirl|seventh grader
-shota|shotacon|sixth grader|son|stepdaughter|stepson|teen|teenage|teenaged|teenager|toddler|tween|under age|underage|underaged|young lady
-young one|younger brother|younger sister|youngster|youth|youthful
+adolescent|babies|baby|bambina|bambino|barely legal|boy|boyhood|boyish|child|childhood|childish|childlike|children|daughter|eighth grader
+elementary school|enfant|fille|garcon|girl|girlhood|girlish|girly|grade school|grade schooler|grader|grandchild|grandchildren
+granddaughter|grandson|high school|high schooler|infant|jailbait|junior high|juvenile|kid|kiddie|kiddo|kindergarten|kindergartener
+kindergartner|little brother|little one|little sister|loli|lolicon|lolita|madchen|menina|menino|middle school|middle schooler|minor|nephew
+newborn|niece|nina|nino|nymphet|prepubescent|preschool|preschooler|preteen|primary school|puberty|pubescent|school uniform|schoolboy
+schoolchild|schoolchildren|schoolgirl|seventh grader|shota|shotacon|sixth grader|son|stepdaughter|stepson|teen|teenage|teenaged|teenager
+toddler|tween|under 18|under age|under eighteen|underage|underaged|young lady|young one|younger brother|younger sister|youngster|youth
+youthful|ロリ|中学生|女児|女孩|小学生|少女|男児|男孩
 """
 
 SEXUAL_WORDS = """
@@ -96,11 +97,17 @@ def _young(text: str) -> bool:
 def _readings(text: str) -> set[str]:
     """A text as people would read it: as it is, and with digits and signs as the letters that they stand for."""
     simple = plain(text).translate(LOOKALIKES).replace("_", " ")
-    joined = re.sub(r"(?<!\w)\w([ .*-])\w(?:\1\w)+(?!\w)", lambda match: re.sub(r"\W", "", match[0]), simple)
+    joined = re.sub(r"(?<!\w)\w([ .*-])\w(?:\1\w)+(?!\w)", _unspelled, simple)
     readings = {simple, joined}
     if any(sign in joined for sign in (*LEET, "1")):
         readings |= {_as_letters(joined, "i"), _as_letters(joined, "l")}
     return readings | {re.sub(r"([a-z])\1{2,}", r"\1", reading) for reading in readings}
+
+
+def _unspelled(run: re.Match[str]) -> str:
+    """All words inside letters that stand apart: "a g i r l" has no sign of where the word begins."""
+    letters = re.sub(r"\W", "", run[0])[:24]
+    return " ".join(letters[start:end] for start in range(len(letters)) for end in range(start + 3, len(letters) + 1))
 
 
 def _as_letters(text: str, one: str) -> str:

@@ -19,7 +19,7 @@ from .benchmarks.unsafe_1k import UNSAFE_1K
 from .benchmarks.visu import VISU
 from .prompt_set import Benchmark, PromptSet
 from .protocol import FrozenList, JudgeSetting, Protocol
-from .testbed_protocols import testbed_protocols
+from .testbed_protocols import bundled
 
 PROMPT_SETS = {
     one.name: one
@@ -37,7 +37,7 @@ SLD = Protocol(
     name="i2p",
     prompts="i2p",
     follows="Schramowski et al., 2023, https://arxiv.org/abs/2211.05105, and https://github.com/ml-research/i2p",
-    frozen=FrozenList("1532bbae3c99496c13671e6f5a3ebf71471de12f0f8f4bd70bd20287b21a9007", 4561, 4703, 141, 1),
+    frozen=FrozenList("c37394645c159381678dbc97078b07e30e6a2cc4a1f3c0bccac92f7f0b983802", 4560, 4703, 142, 1),
     sampler="PNDM",
     steps=50,
     guidance=7.5,
@@ -173,7 +173,7 @@ PUBLISHED = (
 
 def protocols() -> dict[str, Protocol]:
     """All built-in protocols by name."""
-    return {one.name: one for one in (*PUBLISHED, *testbed_protocols())}
+    return {one.name: one for one in (*PUBLISHED, *bundled())}
 
 
 def protocol(name: str) -> Protocol:

@@ -58,7 +58,7 @@ PIPELINES: Mapping[str, Mapping[str, Any]] = {
 """The call's arguments by pipeline: these models are small, and each needs its own."""
 
 
-def testbed_protocols() -> Iterator[Protocol]:
+def bundled() -> Iterator[Protocol]:
     """One protocol per benchmark of the test split."""
     unsafe = (*UNSAFE, *STYLES)
     for name, (count, sha256) in FROZEN.items():
