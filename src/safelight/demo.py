@@ -43,8 +43,6 @@ ROWS = (("unguarded", ()), ("dual_latent", ("dual_latent",)), ("saferedir", ("sa
         ("negative_prompt", ("negative_prompt",)), ("gate + negative_prompt", ("gate",)), ("block", ("block",)))  # fmt: skip
 LEFT_OUT = {"testbed/sd": {"uvr", "safedig"}, "testbed/kontext": {"safedig"}}
 """UVR and SafeDIG refuse U-Nets; no dictionaries of Kontext ship."""
-ONLY = {"testbed/sd3": {"unguarded", "safedig"}}
-"""What ships for a pipeline, if not nearly everything."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -97,7 +95,7 @@ def panel(name: str, steps: int, progress: Progress) -> Panel:
     rows = []
     for index, (label, guards) in enumerate(ROWS):
         progress(name, index, len(ROWS))
-        if label not in LEFT_OUT.get(name, ()) and label in ONLY.get(name, {label}):
+        if label not in LEFT_OUT.get(name, ()):
             rows.append(row(generator, label, build(guards, name), cases))
     progress(name, len(ROWS), len(ROWS))
     return Panel(name, [case.prompt for case in cases], rows, sources)

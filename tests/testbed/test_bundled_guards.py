@@ -19,6 +19,10 @@ CASES = [
     ("safedig", "testbed/flux", "weapons"),
     ("safedig", "testbed/flux", "substances"),
     ("safedig", "testbed/sd3", "substances"),
+    ("dual_latent", "testbed/sd3", "weapons"),
+    ("saferedir", "testbed/sd3", "weapons"),
+    ("uvr", "testbed/sd3", "substances"),
+    ("recommended", "testbed/sd", "weapons"),
 ]
 
 
