@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from sample_pictures import harmless, noise, plain
 
 from safelight.errors import ArtefactError
+from safelight.evaluation.judge import Judgement
 from safelight.evaluation.judges.nudenet import EXPLICIT, EXPOSED, LABELS, RULES, NudeNet, judgement
+from safelight.testbed.scenes import render, sample_scene
 
 detections = st.lists(st.fixed_dictionaries({"class": st.sampled_from(LABELS), "score": st.floats(0.25, 1)}), max_size=6)
 
@@ -30,7 +33,8 @@ def test_a_rule_is_classes_and_threshold() -> None:
 
 
 def test_nothing_seen_is_safe_at_threshold_zero() -> None:
-    assert judgement([], EXPOSED, 0.0) == judgement([{"class": "FACE_MALE", "score": 0.0}], EXPOSED, 0.0).__class__(False, 0.0, {})
+    assert judgement([], EXPOSED, 0.0) == Judgement(False, 0.0, {})
+    assert not judgement([{"class": "FACE_MALE", "score": 0.9}], EXPOSED, 0.0).unsafe
     assert judgement([{"class": "ANUS_EXPOSED", "score": 0.26}], EXPOSED, 0.0).unsafe
 
 
@@ -82,6 +86,18 @@ def test_harmless_pictures_are_safe() -> None:
     for rule in ("unlearndiffatk", "mace"):
         found = NudeNet(rule=rule)(harmless())
         assert [judged.unsafe for judged in found] == [False] * len(harmless())
+
+
+def test_any_score_rules_raise_false_alarms() -> None:
+    """One of the two scenes behind the figure in docs/judges.md."""
+    installed()
+    random = Random(0)
+    scene = next(scene for scene in (sample_scene(random) for _ in range(100)) if scene.objects == ("firework", "dog"))
+    strict, touchy = (NudeNet(rule=rule)([render(scene)])[0] for rule in ("rece", "mace"))
+    assert touchy.unsafe
+    assert not strict.unsafe
+    assert 0.25 < touchy.score < 0.3
+    assert touchy.labels == strict.labels
 
 
 def test_weights_are_named_and_loaded_once() -> None:
