@@ -2,6 +2,7 @@
 
     python recipes/leaderboard.py --out runs/leaderboard                        # makes what is missing, then the table, the page, and the claims
     python recipes/leaderboard.py --out runs/leaderboard --only testbed/flux    # one pipeline's cells alone: run several side by side
+    python recipes/leaderboard.py --out runs/combinations --search              # which combination to recommend, on development prompts
 
 Each cell is stored as it is finished, so that an interrupted run goes on. The concept is the testbed's domain of weapons.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ from safelight.evaluation.case import Case, Estimate, Outcome
 from safelight.evaluation.evaluate import Sizes, evaluate, look
 from safelight.evaluation.fingerprint import versions
 from safelight.evaluation.generate import generate, read_picture
-from safelight.evaluation.leaderboard import markdown, read_leaderboard, write_page
+from safelight.evaluation.leaderboard import put_markdown, read_leaderboard
+from safelight.evaluation.report import write as write_page
 from safelight.evaluation.metrics import quality, safety
 from safelight.evaluation.metrics.estimates import bootstrap, figure, rate
 from safelight.evaluation.success import testbed_success
@@ -49,7 +50,7 @@ BACKBONES = ("testbed/sd", "testbed/sd3", "testbed/flux")
 GUARDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unguarded": ((), ()),
     "negative_prompt": (("negative_prompt",), ()),
-    "sld": (("sld",), ("sld.preset=medium",)),
+    "sld-medium": (("sld",), ("sld.preset=medium",)),
     "safree": (("safree",), ()),
     "post_filter": (("post_filter",), ()),
     "block": (("block",), ()),
@@ -61,8 +62,14 @@ GUARDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "combination": (("recommended",), ()),
 }
 """Row -> guards and their settings."""
-SETS = {"plain": (f"testbed/{CONCEPT}", 48), "paraphrase": (f"testbed/paraphrase-{CONCEPT}", 48), "benign": ("testbed/benign", 40),
-        "proximal": ("testbed/proximal", 40)}  # fmt: skip
+CANDIDATES = {
+    "testbed/sd": ("dual_latent+saferedir", "post_filter+saferedir", "post_filter+dual_latent", "post_filter+dual_latent+saferedir"),
+    "testbed/sd3": ("dual_latent+saferedir+uvr", "post_filter+uvr", "post_filter+saferedir+uvr", "post_filter+dual_latent+saferedir+uvr"),
+    "testbed/flux": ("dual_latent+saferedir+uvr", "post_filter+uvr", "post_filter+saferedir+uvr", "post_filter+dual_latent+saferedir+uvr"),
+}
+"""The combinations that `--search` compares, outermost first."""
+SETS = {"plain": (CONCEPT, 48), "paraphrase": (f"paraphrase-{CONCEPT}", 48), "benign": ("benign", 40), "proximal": ("proximal", 40)}
+"""Column -> the benchmark, and how many prompts."""
 ATTACKED = 20
 """Prompts per attack, the first of `plain`."""
 Figures = dict[str, Any]
@@ -74,7 +81,8 @@ class Bench:
 
     backbone: str
     out: Path
-    advance: Callable[[str, int, int], None]
+    world: str = "testbed"
+    """`testbed` for reporting, `testbed-dev` for choosing."""
 
     @cached_property
     def pipe(self) -> Any:
@@ -102,7 +110,7 @@ class Bench:
         Raises:
             SafelightError, ValueError: if the pipeline can't have them.
         """
-        guards, settings = GUARDS[row]
+        guards, settings = GUARDS.get(row) or (tuple(row.split("+")), ())
         methods = build(guards, self.backbone, settings, domain=CONCEPT)
         if methods:
             guard(self.generator(row).pipe, *methods).remove()
@@ -146,6 +154,7 @@ class Pictures:
 def make(bench: Bench, row: str, column: str) -> Pictures:
     """Generates and judges one set."""
     name, count = SETS[column]
+    name = f"{bench.world}/{name}"
     cases, out = find(name).cases(count), bench.folder(row) / column
     arms = {"guard": bench.methods(row)}
     outcomes = list(generate(bench.generator(row), cases, arms, out, pipeline=f"{bench.backbone} ({row})", protocol=name))
@@ -190,7 +199,7 @@ def benign_cell(bench: Bench, row: str, column: str) -> Figures:
 def attack_cell(bench: Bench, row: str, column: str) -> Figures:
     """Prompts that were searched for."""
     attack = ATTACKS[column]()
-    cases = find(SETS["plain"][0]).cases(ATTACKED)
+    cases = find(f"{bench.world}/{SETS['plain'][0]}").cases(ATTACKED)
     judged: dict[str, list[bool]] = {}
 
     attempts = attack(bench.generator(row), bench.methods(row), cases, testbed_success("domain"), lambda *_: None)
@@ -308,20 +317,53 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"))
     parser.add_argument("--only", choices=BACKBONES, help="make this pipeline's cells, and nothing else")
     parser.add_argument("--rows", nargs="*", choices=list(GUARDS), default=list(GUARDS), help="make these rows, with --only")
+    parser.add_argument("--search", action="store_true", help="compare combinations instead")
     arguments = parser.parse_args()
     quiet()
-    chosen = [arguments.only] if arguments.only else list(BACKBONES)
+    benches = [
+        Bench(name, arguments.out, "testbed-dev" if arguments.search else "testbed") for name in BACKBONES if arguments.only in (None, name)
+    ]
+    rows = {bench.backbone: CANDIDATES[bench.backbone] if arguments.search else arguments.rows for bench in benches}
+    cells = make_cells([(bench, row, column) for bench in benches for row in rows[bench.backbone] for column in CELLS])
+    if arguments.only:
+        return
+    if arguments.search:
+        insert(ROOT / "docs/leaderboard.md", "combinations", comparison(cells))
+    else:
+        write(arguments.out, cells, list(claims(cells, benches, arguments.out)))
+
+
+def make_cells(plan: Sequence[tuple[Bench, str, str]]) -> list[dict[str, Any]]:
+    """All cells of a plan, in order."""
+    cells = []
     with progress() as advance:
-        benches = [Bench(name, arguments.out, advance) for name in chosen]
-        plan = [(bench, row, column) for bench in benches for row in arguments.rows for column in CELLS]
-        cells = []
         for index, (bench, row, column) in enumerate(plan):
             advance("cells", index, len(plan))
             cells.append(cell(bench, row, column))
             print(row, bench.backbone, column, cells[-1]["seconds"], "s", flush=True)
         advance("cells", len(plan), len(plan))
-        if not arguments.only:
-            write(arguments.out, cells, list(claims(cells, benches, arguments.out)))
+    return cells
+
+
+def comparison(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Combinations beside each other: attack success, what is kept, and what benign prompts pay."""
+    shown = (("plain", "asr"), ("paraphrase", "asr"), ("ring_a_bell", "asr"), ("unlearn_diff_atk", "asr"), ("plain", "retention"),
+             ("benign", "over_refusal"), ("proximal", "over_refusal"))  # fmt: skip
+    lines = ["| combination | pipeline | " + " | ".join(f"{name.replace('_', ' ')}, {column}" for column, name in shown) + " |"]
+    lines.append("|---" * (len(shown) + 2) + "|")
+    found = {(one["backbone"], one["method"], one["column"]): one.get("figures", {}) for one in cells}
+    for backbone, row in dict.fromkeys((one["backbone"], one["method"]) for one in cells):
+        told = [percent(found[backbone, row, column][name]) for column, name in shown]
+        lines.append(f"| {row.replace('+', ' + ')} | {backbone} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def insert(file: Path, marker: str, text: str) -> None:
+    """Replaces what stands between the markers of a page."""
+    page = file.read_text()
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before, after = page.split(start)[0], page.split(end)[1]
+    file.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 def write(out: Path, cells: Sequence[Mapping[str, Any]], found: Sequence[Claim]) -> None:
@@ -331,8 +373,12 @@ def write(out: Path, cells: Sequence[Mapping[str, Any]], found: Sequence[Claim])
         "command": shlex.join(["python", "recipes/leaderboard.py", "--out", str(out)]), "cells": list(cells),
         "claims": [dict(zip(("claim", "source", "holds", "figures"), claim, strict=True)) for claim in found],
     }  # fmt: skip
-    (out / "leaderboard.json").write_text(json.dumps(board, indent=1) + "\n")
-    print(out / "leaderboard.json")
+    file = out / "leaderboard.json"
+    file.write_text(json.dumps(board, indent=1) + "\n")
+    known = read_leaderboard(file).complete()
+    put_markdown(known, ROOT / "docs/leaderboard.md")
+    write_page([], out / "leaderboard.html", [known])
+    print(out / "leaderboard.html")
 
 
 if __name__ == "__main__":
