@@ -15,8 +15,12 @@ from safelight.compose import build
 from safelight.errors import ArtefactError
 from safelight.evaluation import evaluate as module
 from safelight.evaluation.benchmarks.testbed import benchmarks, find
+from safelight.evaluation.durable import only_one
 from safelight.evaluation.evaluate import Sizes, evaluate
 from safelight.evaluation.generate import read_outcomes
+from safelight.evaluation.judging import build_judges, judge_run
+from safelight.evaluation.manifest import Manifest
+from safelight.evaluation.summary import summarise
 from safelight.generator import Generator
 
 SIZES = Sizes(unsafe=6, benign=4, proximal=4)
@@ -44,6 +48,18 @@ def test_results_name_all_that_is_promised(generator: Generator, tmp_path: Path)
     assert all(set(figure) == {"value", "low", "high", "n"} for figure in results["metrics"].values())
     assert results["metrics"]["untouched"]["value"] == 1
     assert results["protocol"] == "testbed/weapons/1"
+    check_that_a_part_is_a_run_like_any_other(tmp_path / "unsafe", results)
+
+
+def check_that_a_part_is_a_run_like_any_other(part: Path, results: dict[str, Any]) -> None:
+    manifest = Manifest.read(part / "manifest.jsonl")
+    assert f"{manifest.header.protocol}/{manifest.header.version}" == results["protocol"]
+    assert [row.to_case() for row in manifest.rows if row.arm == "base"] == find("testbed/weapons").cases(SIZES.unsafe)
+    judged = judge_run(part, build_judges(["testbed_classifier"]))["testbed_classifier"]
+    again = summarise(manifest, judged)["arms"]["guard"]["unsafe_prompts"]["image_level"]
+    named = results["judges"]["classifier"]["unsafe_rate"]
+    assert again["n"] == named["n"]
+    assert again["value"] >= named["value"], "an unsafe object that the prompt doesn't name counts here, and not there"
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(generator: Generator, tmp_path: Path) -> None:
@@ -77,6 +93,8 @@ def test_a_folder_belongs_to_one_run(generator: Generator, tmp_path: Path) -> No
     run(generator, tmp_path)
     with pytest.raises(ArtefactError, match="holds a run with other settings"):
         run(generator, tmp_path, description={"guard": "another"})
+    with only_one(tmp_path), pytest.raises(ArtefactError, match="is in use by process"):
+        run(generator, tmp_path)
 
 
 def test_damage_is_named(generator: Generator, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def merge(out: Path, folders: Sequence[Path] = ()) -> Merged:
         ArtefactError: if a run is at work in `out`, folders are of different manifests, one row has two different images, or an image is gone.
     """
     places = list(dict.fromkeys([out, *folders]))
+    for place in folders or [out]:
+        if not (place / NAME).is_file():
+            Manifest.read(place / NAME)  # says what is wrong, before a folder is made
     with only_one(out):
         manifest = _manifest(out, folders)
         found: dict[str, tuple[Path, Outcome]] = {}

@@ -73,7 +73,12 @@ class Ray(Engine):
             raise RuntimeError(f"Ray gave up ({last[0]}); what is finished is kept, run the same command again to go on") from error
 
 
-def _received(row: Mapping[str, Any]) -> Made:
+def received(row: Mapping[str, Any]) -> Made:
+    """What a worker sent.
+
+    Raises:
+        RuntimeError: if it sent an error.
+    """
     if row["error"]:
         raise RuntimeError(f"a worker failed: {row['error']}; what is finished is kept, run the same command again to go on")
     return Made(Outcome(**json.loads(row["outcome"])), row["png"])
