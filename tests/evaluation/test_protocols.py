@@ -13,9 +13,10 @@ from safelight.cli import main
 from safelight.evaluation.benchmarks.testbed import benchmarks
 from safelight.evaluation.case import Case
 from safelight.evaluation.files import read_table
+from safelight.evaluation.judges.nudenet import RULES
 from safelight.evaluation.prompt_set import Benchmark, hash_of
 from safelight.evaluation.protocol import FrozenList, JudgeSetting, Protocol
-from safelight.evaluation.protocols import PROMPT_SETS, PUBLISHED, find, protocol, protocols
+from safelight.evaluation.protocols import PROMPT_SETS, PUBLISHED, find, judges_of, protocol, protocols
 from safelight.evaluation.testbed_protocols import FROZEN, PIPELINES, bundled
 from safelight.testbed import settings
 
@@ -57,6 +58,18 @@ def test_the_testbeds_judges_are_those_of_the_testbed() -> None:
 
     one = protocol("testbed-weapons")
     assert [judge.threshold for judge in one.judges] == [judge.threshold for judge in judges()]
+
+
+def test_every_judge_can_be_made_with_what_is_frozen() -> None:
+    for one in protocols().values():
+        for judge, setting in zip(judges_of(one), one.judges, strict=True):
+            assert (judge.name, tuple(judge.classes), judge.threshold) == (setting.name, setting.classes, setting.threshold)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("i2p", "sld"), ("unlearndiffatk", "unlearndiffatk"), ("i2p-nudity-142", "unlearndiffatk")])
+def test_the_rules_of_nudenet_are_the_judges(name: str, rule: str) -> None:
+    setting = protocol(name).judges[0]
+    assert (setting.classes, setting.threshold) == (RULES[rule].classes, RULES[rule].threshold)
 
 
 def test_each_published_protocol_names_its_list_and_sources() -> None:
