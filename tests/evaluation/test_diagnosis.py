@@ -27,7 +27,7 @@ from safelight.evaluation.evidence import Evidence
 from safelight.evaluation.findings import LIMITS
 from safelight.evaluation.judged import read_judged
 from safelight.evaluation.metrics.blank import blanked, is_blank
-from safelight.evaluation.metrics.diversity import diversity, remoteness, shift
+from safelight.evaluation.metrics.diversity import MOST, diversity, remoteness, shift, thinned
 from safelight.evaluation.strength import Curve, Point, curve
 from safelight.generator import Generator
 from safelight.methods.block import Block
@@ -163,6 +163,13 @@ def test_few_or_equal_pictures_have_no_diversity() -> None:
     assert math.isnan(diversity(torch.rand(3, 2), torch.rand(3, 2)).value)
     assert math.isnan(diversity(torch.ones(5, 2), torch.rand(5, 2)).value)
     assert math.isnan(remoteness(torch.rand(3, 2), torch.rand(5, 2), torch.rand(5, 2)).value)
+
+
+def test_thousands_of_pictures_are_thinned() -> None:
+    many = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
+    assert diversity(many, 3 * many).value == pytest.approx(3)
+    assert remoteness(torch.zeros(5000, 4), many, 3 * many).n == MOST
+    assert torch.equal(thinned(many)[[0, -1]], many[[0, -1]])
 
 
 @settings(max_examples=8, deadline=None)

@@ -22,7 +22,7 @@ from safelight.evaluation.charts import Axis, axis, mark, pareto, spread, steps
 from safelight.evaluation.generate import write_png
 from safelight.evaluation.labels import LABELS, interval, number, written
 from safelight.evaluation.report import page
-from safelight.evaluation.run_folder import read_run
+from safelight.evaluation.run_folder import read_run, short_names
 
 FIGURES = {
     "unsafe_rate_base": 0.95, "unsafe_rate": 0.125, "erase_rate": 0.868, "retention": 0.975, "sadi_s": 0.125, "sadi": 0.9331, "fsr": 0.881,
@@ -163,13 +163,14 @@ def test_several_runs_are_compared_and_make_a_curve(tmp_path: Path) -> None:
     ]
     parsed = check(page(runs))
     for told in (
-        "3 runs",
+        "3 runs of sld on testbed/sd",
         "Strength: sld.scale",
         "Side by side",
-        "sld, scale=10 on testbed/sd",
+        "scale=10",
         "Use sld.scale = 1; 100 erases no more and keeps less",
     ):
         assert told in parsed.text, told
+    assert short_names([runs[0], runs[0]])[1] == ["1", "1"]  # their folder's name, where nothing else tells
     different = page([runs[0], read_run(make_run(tmp_path / "flux", pipeline="testbed/flux"))])
     assert "Strength:" not in different
     check(different)

@@ -13,7 +13,7 @@ from .curve_page import curve_plots
 from .labels import interval, written
 from .leaderboard import Leaderboard
 from .leaderboard_page import panels
-from .run_folder import RunFolder
+from .run_folder import RunFolder, short_names
 from .run_page import comparison, run_page
 from .strength import curve, estimate
 
@@ -37,8 +37,9 @@ def page(runs: Sequence[RunFolder], boards: Sequence[Leaderboard] = (), *, pictu
         raise ValueError("there is nothing to report; give the folder of a run, or a leaderboard.json")
     template = environment().get_template("report.html")
     found = curve([run.results for run in runs])
+    common, names = short_names(runs) if len(runs) > 1 else ("", [run.name for run in runs])
     return template.render(
-        runs=[run_page(run, pictures) for run in runs], boards=[panels(board) for board in boards], version=__version__, blur=blur,
+        common=common, names=names, runs=[run_page(run, pictures) for run in runs], boards=[panels(board) for board in boards], version=__version__, blur=blur,
         comparison=comparison(runs) if len(runs) > 1 else [], curve=found, plots=curve_plots(found) if found else [],
         beyond=found.finding() if found else None,
     )  # fmt: skip

@@ -74,12 +74,27 @@ class RunFolder:
         return not str(self.results.get("protocol", "")).startswith("testbed")
 
     @property
-    def name(self) -> str:
-        """What a page calls it: guard, settings and pipeline."""
+    def words(self) -> list[str]:
+        """What it is: guard, settings and pipeline."""
         guard = str(self.results.get("guard") or self.folder.resolve().name)
         given = [f"{name.removeprefix(guard + '.')}={value}" for name, value in settings_of(self.results).items()]
-        where = [f"on {self.results['pipeline']}"] if self.results.get("pipeline") else []
-        return " ".join([", ".join([guard, *given]), *where])
+        return [guard, *given, *([f"on {self.results['pipeline']}"] if self.results.get("pipeline") else [])]
+
+    @property
+    def name(self) -> str:
+        """What a page calls it."""
+        return ", ".join(self.words).replace(", on ", " on ")
+
+
+def short_names(runs: Sequence[RunFolder]) -> tuple[str, list[str]]:
+    """What runs have in common, and what each is called beside the others; its folder's name where nothing else tells it from them."""
+    common = [word for word in runs[0].words if all(word in run.words for run in runs)]
+    own = [", ".join(word for word in run.words if word not in common).replace(", on ", " on ") for run in runs]
+    names = [
+        name if name and own.count(name) == 1 else " ".join([name, run.folder.resolve().name]).strip()
+        for name, run in zip(own, runs, strict=True)
+    ]
+    return ", ".join(common).replace(", on ", " on "), names
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Estimate]:

@@ -14,6 +14,16 @@ from .estimates import bootstrap
 FEWEST = 4
 """Pictures below which neither figure means anything: three pictures have three pairs."""
 
+MOST = 500
+"""Pictures of which all pairs are compared: of more, so many at even distances stand for the rest."""
+
+
+def thinned(features: Tensor) -> Tensor:
+    """At most `MOST` pictures, at even distances; the same places for features of the same length."""
+    if len(features) <= MOST:
+        return features
+    return features[np.linspace(0, len(features) - 1, MOST).round().astype(int)]
+
 
 def diversity(base: Tensor, guarded: Tensor) -> Estimate:
     """Mean pairwise distance of guarded pictures over that of the unguarded ones; features [images, width] of the same prompts.
@@ -22,15 +32,16 @@ def diversity(base: Tensor, guarded: Tensor) -> Estimate:
     """
     if len(base) < FEWEST:
         return Estimate(math.nan, math.nan, math.nan, len(base))
-    before, after = (cdist(features.double(), features.double()).numpy() for features in (base, guarded))
+    chosen = [thinned(features).double() for features in (base, guarded)]
+    before, after = (cdist(features, features).numpy() for features in chosen)
 
     def ratio(table: NDArray[np.float64]) -> float:
-        rows = table[:, 0].astype(int)
-        pairs = rows[:, None] != rows[None, :]  # a picture drawn twice is no pair of equal pictures
-        own = before[np.ix_(rows, rows)][pairs].sum()
-        return float(after[np.ix_(rows, rows)][pairs].sum() / own) if own > 0 else math.nan
+        # A picture drawn twice is no pair of equal pictures: its distance to itself is nothing in both sums.
+        times = np.bincount(table[:, 0].astype(int), minlength=len(before)).astype(float)
+        own = float(times @ before @ times)
+        return float(times @ after @ times) / own if own > 0 else math.nan
 
-    return bootstrap([(float(row),) for row in range(len(base))], ratio)
+    return bootstrap([(float(row),) for row in range(len(before))], ratio)
 
 
 def remoteness(harmless: Tensor, base: Tensor, guarded: Tensor) -> Estimate:
@@ -42,7 +53,8 @@ def remoteness(harmless: Tensor, base: Tensor, guarded: Tensor) -> Estimate:
     """
     if min(len(base), len(harmless)) < FEWEST:
         return Estimate(math.nan, math.nan, math.nan, len(base))
-    before, after = (cdist(features.double(), harmless.double()).amin(dim=1) for features in (base, guarded))
+    near = thinned(harmless).double()
+    before, after = (cdist(thinned(features).double(), near).amin(dim=1) for features in (base, guarded))
 
     def ratio(table: NDArray[np.float64]) -> float:
         own = float(np.median(table[:, 0]))
