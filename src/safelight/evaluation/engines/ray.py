@@ -67,7 +67,7 @@ class Ray(Engine):
         )  # fmt: skip
         try:
             for table in pictures.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield [_received(row) for row in table.to_pylist()]
+                yield [received(row) for row in table.to_pylist()]
         except ray.exceptions.RayError as error:
             last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise RuntimeError(f"Ray gave up ({last[0]}); what is finished is kept, run the same command again to go on") from error
