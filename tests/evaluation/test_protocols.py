@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from safelight.cli import main
+from safelight.evaluation.arms import Arm
 from safelight.evaluation.benchmarks.testbed import benchmarks
 from safelight.evaluation.case import Case
 from safelight.evaluation.files import read_table
 from safelight.evaluation.judges.nudenet import RULES
+from safelight.evaluation.manifest import plan
 from safelight.evaluation.prompt_set import Benchmark, hash_of
 from safelight.evaluation.protocol import FrozenList, JudgeSetting, Protocol
 from safelight.evaluation.protocols import PROMPT_SETS, PUBLISHED, find, judges_of, protocol, protocols
@@ -228,3 +230,20 @@ def test_a_file_that_claims_an_absurd_size_is_not_read(tmp_path: Path, monkeypat
     (tmp_path / "t.csv").write_text("prompt\na knife\n")
     with pytest.raises(ValueError, match="has 15 bytes"):
         read_table(tmp_path / "t.csv")
+
+
+def test_a_protocol_is_planned_as_a_manifest() -> None:
+    one = frozen()
+    planned, _ = plan(
+        one.pictures(CASES),
+        {"base": Arm.of([])},
+        pipeline="mine",
+        settings={},
+        artefacts={},
+        protocol=one.name,
+        version=one.version,
+        own_settings=one.arguments,
+    )
+    rows = [(row.case, row.seed, row.settings["guidance_scale"], row.settings["height"]) for row in planned.rows]
+    assert sorted(rows) == [("0+0", 7, 7.5, 512), ("0+1", 8, 7.5, 512), ("0+2", 9, 7.5, 512),
+                            ("1+0", 9, 12.0, 64), ("1+1", 10, 12.0, 64), ("1+2", 11, 12.0, 64)]  # fmt: skip
