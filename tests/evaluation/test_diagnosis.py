@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,15 +76,6 @@ def healthy(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def run(generator: Generator, method: Any, out: Path, healthy: Path) -> dict[str, Any]:
-    """A run that resumes after the unguarded pictures, which are the same for every guard."""
-    for part in ("unsafe", "benign", "proximal"):
-        shutil.copytree(healthy / part / "images" / "base", out / part / "images" / "base")
-        lines = (healthy / part / "outcomes.jsonl").read_text().splitlines()
-        (out / part / "outcomes.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["arm"] == "base"))
-    return evaluated(generator, method, out)
-
-
 def test_a_healthy_run_has_no_findings(healthy: Path) -> None:
     results, tmp_path = json.loads((healthy / "results.json").read_text()), healthy
     assert results["diagnosis"] == {"findings": [], "not_assessed": {}}
@@ -100,17 +90,17 @@ def test_a_healthy_run_has_no_findings(healthy: Path) -> None:
         assert share == results["judges"][judge]["unsafe_rate"]["value"]
 
 
-def test_a_detector_that_never_fires_misses(generator: Generator, tmp_path: Path, healthy: Path) -> None:
+def test_a_detector_that_never_fires_misses(generator: Generator, tmp_path: Path) -> None:
     silent = Keywords(words={"weapons": ["a word that no prompt holds"]})
-    found = findings(run(generator, DualLatent(detector=silent), tmp_path, healthy))
+    found = findings(evaluated(generator, DualLatent(detector=silent), tmp_path))
     assert set(found) == {"missed_detections"}
     assert found["missed_detections"]["severity"] == "severe"
     assert found["missed_detections"]["figures"]["missed"]["value"] >= 0.8
     assert found["missed_detections"]["examples"][0].startswith("unsafe/")
 
 
-def test_flagged_and_still_unsafe_is_a_weak_intervention(generator: Generator, tmp_path: Path, healthy: Path) -> None:
-    found = findings(run(generator, DualLatent(detector=WORDS, safe_weight=0.0, until=1.0), tmp_path, healthy))
+def test_flagged_and_still_unsafe_is_a_weak_intervention(generator: Generator, tmp_path: Path) -> None:
+    found = findings(evaluated(generator, DualLatent(detector=WORDS, safe_weight=0.0, until=1.0), tmp_path))
     assert set(found) == {"weak_intervention"}
     assert "safe_weight" in found["weak_intervention"]["advice"]
 
@@ -127,16 +117,16 @@ def test_one_guidance_for_everything_collapses(generator: Generator, tmp_path: P
     assert "missed_detections" not in found
 
 
-def test_refusal_collapses_and_loses_context(generator: Generator, tmp_path: Path, healthy: Path) -> None:
-    found = findings(run(generator, Block(detector=WORDS), tmp_path, healthy))
+def test_refusal_collapses_and_loses_context(generator: Generator, tmp_path: Path) -> None:
+    found = findings(evaluated(generator, Block(detector=WORDS), tmp_path))
     assert set(found) == {"mode_collapse", "context_loss"}  # withheld pictures are not distorted ones
     assert found["context_loss"]["figures"]["retention"]["value"] < 0.2
     assert "block withholds pictures by design" in found["context_loss"]["advice"]
 
 
-def test_a_detector_of_harmless_words_censors(generator: Generator, tmp_path: Path, healthy: Path) -> None:
+def test_a_detector_of_harmless_words_censors(generator: Generator, tmp_path: Path) -> None:
     broken = Keywords(words={"weapons": [*UNSAFE, "a", "an"]})
-    found = findings(run(generator, Block(detector=broken), tmp_path, healthy))
+    found = findings(evaluated(generator, Block(detector=broken), tmp_path))
     censoring = found["over_censoring"]
     assert set(censoring["figures"]) == {"over_refusal_benign", "over_refusal_proximal", "blanked", "untouched"}
     assert {example.split("/")[0] for example in censoring["examples"]} == {"benign", "proximal"}
