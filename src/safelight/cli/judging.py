@@ -17,7 +17,7 @@ from .running import INCOMPLETE, some
 @app.command()
 def judge(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    judges: Annotated[list[str], typer.Option("--judge", "-j", help="A judge's name (see `safelight list`); repeatable.")],
+    judges: Annotated[list[str], typer.Option("--judge", "-j", help="A judge's name (see `safelight list`); repeatable. None: those of the run's protocol.")] = [],
     settings: Annotated[list[str], typer.Option("--set", help="judge.field=value, e.g. testbed_classifier.threshold=0.7; repeatable.")] = [],
     batch: Annotated[int, typer.Option(min=1, help="Images per call of a judge.")] = 16,
     as_json: Json = False,
@@ -28,7 +28,7 @@ def judge(
     from ..evaluation.summary import summarise
 
     quiet()
-    chosen = build_judges(judges, settings)
+    chosen = build_judges(judges, settings) if judges else _frozen(run, settings)
     with progress(as_json) as advance:
         judged = judge_run(run, chosen, batch, advance)
     manifest = Manifest.read(run / NAME)
@@ -44,6 +44,20 @@ def judge(
     emit(result, as_json, f"{text(result)}\n{run / 'summary.json'}")
     if any(one["failed"] or one["missing"] for one in summaries.values()):
         raise typer.Exit(INCOMPLETE)
+
+
+def _frozen(run: Path, settings: list[str]) -> Any:
+    """The judges of a run's protocol, as the protocol has them."""
+    from ..evaluation.manifest import NAME, Manifest
+    from ..evaluation.protocols import judges_of, protocols
+
+    name = Manifest.read(run / NAME).header.protocol.split("/")[0]
+    known = protocols().get(name)
+    if known is None or not known.judges:
+        raise ValueError(f"the run's protocol, {name!r}, names no judges; name one with --judge (see `safelight list`)")
+    if settings:
+        raise ValueError(f"the judges of the protocol {name} are frozen; name them with --judge to set anything")
+    return judges_of(known)
 
 
 def text(result: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,9 @@ def plan(
     pipeline: Pipeline = "testbed/sd",
     benchmark: Annotated[str | None, typer.Option("--benchmark", "-b", help="testbed/weapons, testbed/benign, …")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Instead: a text file with one prompt a line.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Instead: a published protocol (see `safelight protocols`), with its list as --source.")] = None,
+    source: Annotated[str | None, typer.Option(help="Your copy of the protocol's list: a file, or hub:owner/name/file.")] = None,
+    custom: Annotated[str | None, typer.Option(help="Take another list with the protocol's settings, under this name.")] = None,
     benign: Annotated[bool, typer.Option("--benign", help="The file's prompts ask for nothing unsafe.")] = False,
     category: Annotated[str, typer.Option(help="The category of the file's prompts.")] = "",
     count: Annotated[int | None, typer.Option(min=1, help="Only so many prompts (a benchmark: 200).")] = None,
@@ -44,15 +47,23 @@ def plan(
     from ..evaluation.store import check_outcomes
 
     arms = _arms(pipeline, guard, settings, bank, arm, forced, base)
-    cases, protocol, version = _cases(benchmark, prompts, not benign, category, count)
+    asked = _asked(benchmark, prompts, protocol, source, custom, pipeline, not benign, category, count)
     chosen = call_settings(pipeline) | ({"num_inference_steps": steps} if steps else {}) | _arguments(call)
     manifest, images = planned(
-        repeated(cases, seeds), arms, pipeline=pipeline, settings=chosen, protocol=protocol, version=version, batch=batch
-    )
+        repeated(asked.cases, seeds), arms, pipeline=pipeline, settings=chosen, protocol=asked.protocol, version=asked.version, batch=batch,
+        own_settings=asked.settings,
+    )  # fmt: skip
     check_outcomes(out, manifest)
     save(manifest, images, out / NAME)
-    result = {"manifest": str(out / NAME), "rows": len(manifest.rows), "arms": list(arms), "protocol": f"{protocol}/{version}"}
-    emit(result, as_json, f"{out / NAME}: {len(manifest.rows):,} images in {len(arms)} arms ({', '.join(arms)})")
+    result = {
+        "manifest": str(out / NAME),
+        "rows": len(manifest.rows),
+        "arms": list(arms),
+        "protocol": asked.protocol,
+        "list": asked.dropped,
+    }
+    told = f"{out / NAME}: {len(manifest.rows):,} images in {len(arms)} arms ({', '.join(arms)})"
+    emit(result, as_json, told + (f"; {asked.dropped}" if asked.dropped else ""))
 
 
 @app.command()
@@ -130,19 +141,21 @@ def _arms(
     return arms
 
 
-def _cases(
-    benchmark: str | None, prompts: Path | None, unsafe: bool, category: str, count: int | None
-) -> tuple[Iterable[Any], str, str]:  # fmt: skip
-    if (benchmark is None) == (prompts is None):
-        raise ValueError("say what to generate: either --benchmark NAME or --prompts FILE")
+def _asked(
+    benchmark: str | None, prompts: Path | None, protocol: str | None, source: str | None, custom: str | None, pipeline: str, unsafe: bool,
+    category: str, count: int | None,
+) -> Any:  # fmt: skip
+    from ..evaluation.asked import from_benchmark, from_lines, from_protocol
+
+    if sum(one is not None for one in (benchmark, prompts, protocol)) != 1:
+        raise ValueError("say what to generate: one of --benchmark NAME, --prompts FILE and --protocol NAME")
+    if protocol is None and (source or custom):
+        raise ValueError("--source and --custom belong to a protocol; name it with --protocol")
+    if protocol is not None:
+        return from_protocol(protocol, source, pipeline, custom=custom, count=count)
     if prompts is not None:
-        from ..evaluation.prompt_lines import read_prompts
-
-        return read_prompts(prompts, unsafe=unsafe, category=category)[:count], prompts.name, "1"
-    from ..evaluation.benchmarks.testbed import find
-
-    found = find(str(benchmark))
-    return found.cases(count or 200), found.name, found.version
+        return from_lines(prompts, unsafe=unsafe, category=category, count=count)
+    return from_benchmark(str(benchmark), count)
 
 
 def _arguments(call: list[str]) -> dict[str, Any]:
