@@ -192,13 +192,13 @@ class Bank:
         return None
 
 
-def embed_all(encode: Encoder, prompts: Sequence[str], batch: int = 64) -> Tensor:
-    """L2-normalised embeddings, [prompts, width].
+def embed_all(encode: Encoder, prompts: Sequence[str], batch: int = 64, *, graph: bool = False) -> Tensor:
+    """L2-normalised embeddings, [prompts, width]; with their gradient, where one is being recorded, if `graph`.
 
     Raises:
         ValueError: if one is not finite.
     """
-    with torch.no_grad():
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
         parts = [encode(prompts[i : i + batch]).float().cpu() for i in range(0, len(prompts), batch)]
     embeddings = normalize(torch.cat(parts), dim=-1)
     finite = torch.isfinite(embeddings).all(dim=-1)

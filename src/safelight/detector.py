@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from .calibration import Calibration
@@ -60,6 +61,13 @@ class Detector(Generic[Item]):
         if len(scores) != len(items):
             raise ValueError(f"{type(self).__name__} gave {len(scores)} scores for {len(items)} items")
         return [Verdict(score, self.threshold, exceeds(score, self.threshold), self.concept) for score in scores]
+
+    def margins(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Tensor:
+        """By how much each item's score exceeds the threshold, [batch]: what an attack through the guard follows.
+
+        Subclasses that know its gradient return it on any scale of which 0 is the limit; by default it has none.
+        """
+        return torch.tensor([verdict.score - verdict.threshold for verdict in verdicts])
 
     def calibrate(self, benign: Sequence[Item], target_fpr: float = 0.01, confidence: float = 0.95) -> Calibration:
         """Sets the threshold so that at most `target_fpr` of benign items are flagged, with `confidence`.

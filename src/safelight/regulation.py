@@ -54,7 +54,7 @@ def regulate(heads: Heads, groups: Iterable[Group], attend: Attend, base: Callab
         seen = attend(_through(replace(heads, query=heads.query.gather(2, index)), group, renormalise))
         if group.valid is not None:
             seen = torch.where(group.valid[:, None, :, None], seen, result.gather(2, index))
-        result.scatter_(2, index, seen)
+        result = result.scatter(2, index, seen)  # not in place: an attack may want its gradient
     return result
 
 

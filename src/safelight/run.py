@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backbone import Backbone
@@ -30,6 +31,8 @@ class Run:
         self._layout: Layout | None = None
         self.events: list[dict[str, Any]] = []
         """What methods recorded, in order: reports, audit log, the UI's timeline."""
+        self.margins: list[tuple[tuple[int, ...], Tensor]] | None = None
+        """Of an attack through the guard: for each decision, the images and by how much they exceed its limit, with the graph."""
         self._actions: dict[tuple[int, int], Action] = {}
         self._encode_prompt = encode_prompt
 
@@ -104,8 +107,22 @@ class Run:
         self.prompts  # raises without texts  # noqa: B018
         views = {text: self.backbone.windows(text) for wording in self.wordings or () for text in wording}
         texts = list(dict.fromkeys(piece for pieces in views.values() for piece in pieces))
-        verdicts = dict(zip(texts, detector.within(self).verdicts(texts), strict=True))
-        return [highest([verdicts[piece] for text in wording for piece in views[text]]) for wording in self.wordings or ()]
+        pieces = [[piece for text in wording for piece in views[text]] for wording in self.wordings or ()]
+        working = detector.within(self)
+        verdicts = dict(zip(texts, working.verdicts(texts), strict=True))
+        if self.margins is not None:
+            margins = dict(zip(texts, working.margins(texts, [verdicts[text] for text in texts]), strict=True))
+            self.weigh(range(self.images), torch.stack([torch.stack([margins[piece] for piece in own]).amax() for own in pieces]), 0.0)
+        return [highest([verdicts[piece] for piece in own]) for own in pieces]
+
+    def weigh(self, images: Iterable[int], scores: Tensor, limits: Sequence[float] | Sequence[Sequence[float]] | float) -> None:
+        """Tells an attack that goes through the guard what a decision hung on; otherwise does nothing.
+
+        A decision has no gradient; by how much `scores` [images] or [images, concepts] exceed `limits` has one.
+        """
+        if self.margins is not None:
+            margins = scores - torch.tensor(limits, dtype=scores.dtype, device=scores.device)
+            self.margins.append((tuple(images), margins if margins.ndim == 1 else margins.amax(dim=1)))
 
     def record(self, event: str, **facts: Any) -> None:
         """Notes an event of this step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Self
@@ -17,6 +18,9 @@ from ..detector import Context, Detector, Verdict, exceeds
 
 TYPICAL = 0.1
 """With the default temperature of 0.05, a neighbour at this squared distance has lost a factor of e."""
+
+FAINT = 1e-4
+"""A share of votes that counts as none, where the threshold is 0."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,6 +76,18 @@ class Neighbours(Detector[str]):
             )
             for score, concept in zip(scores, concepts, strict=True)
         ]
+
+    def margins(self, items: Sequence[str], verdicts: Sequence[Verdict]) -> Tensor:
+        """The log odds of unsafe votes above those of the threshold, with their gradient, [batch].
+
+        All entries vote: among the k nearest alone the vote is mostly unanimous, and flat.
+        """
+        assert self.encoder is not None
+        distances = self.bank.distances(embed_all(self.encoder, items, graph=True))  # [batch, entries]
+        nearest = distances.topk(min(self.k, distances.shape[1]), dim=1, largest=False).values
+        votes = -distances / (2 * self.temperature * self._scale(nearest))
+        unsafe, safe = (votes.masked_fill(~chosen, -torch.inf).logsumexp(dim=1) for chosen in (self.bank.labels > 0, self.bank.labels == 0))
+        return unsafe - safe - math.log(max(self.threshold, FAINT) / (1 - self.threshold))
 
     def _votes(self, items: Sequence[str]) -> Tensor:
         """Each item's share of votes for safe and for each category, [batch, 1 + categories]."""

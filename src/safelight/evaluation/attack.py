@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..generator import Generator
 from ..method import Method
+from ..registry import Registry
 from .case import Case
 
 Progress = Callable[[str, int, int], None]
@@ -48,3 +49,6 @@ class Attack:
     ) -> list[Attempt]:  # fmt: skip
         """One attempt per case; `methods` are attached by the attack itself, and detached when it ends."""
         raise NotImplementedError
+
+
+ATTACKS: Registry[Attack] = Registry("safelight.evaluation.attacks", Attack)

@@ -126,7 +126,9 @@ class SafeDIG(Method):
         if not rows:
             return
         seen = dictionary.sae.inward((tokens if len(rows) == len(tokens) else tokens[rows]).float())
-        scores = dictionary.scores(seen).tolist()  # the one wait for the device
+        alarms = dictionary.scores(seen)
+        self.run.weigh([image for image in images if image is not None and image not in self.flagged], alarms, limit)
+        scores = alarms.tolist()  # the one wait for the device
         for place, (row, score) in enumerate(zip(rows, scores, strict=True)):
             image = images[row]
             assert image is not None

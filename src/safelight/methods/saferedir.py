@@ -140,6 +140,8 @@ class SafeRedir(Method):
         again = [row for row in due if prompts[row].moved is not None]
         given = self._inputs(call, due, again, prompts)
         judged = [self._judge(call, redirector, given) for redirector in self.redirectors]
+        if self.run.margins is not None:
+            self._weigh([call.samples[row] for row in due], judged, [row in again for row in due])
         risks = torch.stack([judgement.unsafe[: len(due)] for judgement in judged]).T.tolist()  # the step's one wait for the device
         fired = [self._fired(risks[place], again=row in again) for place, row in enumerate(due)]
         own = [len(due) + again.index(row) if row in again else place for place, row in enumerate(due)]
@@ -228,6 +230,12 @@ class SafeRedir(Method):
     def _limit(self, index: int) -> float:
         """The probability above which a concept is found."""
         return self.redirectors[index].threshold if self.threshold is None else self.threshold
+
+    def _weigh(self, images: list[int], judged: list[Judgement], again: list[bool]) -> None:
+        """Tells an attack the log odds, which don't saturate as probabilities do."""
+        shares = [[self._limit(index) * (self.hold if held else 1.0) for index in range(len(judged))] for held in again]
+        odds = torch.stack([judgement.logits[: len(images), 1] - judgement.logits[: len(images), 0] for judgement in judged], dim=1)
+        self.run.weigh(images, odds, torch.logit(torch.tensor(shares, dtype=torch.float64), eps=1e-9).tolist())
 
     def _note_risk(self, image: int, risks: list[float], fired: list[int]) -> None:
         """Fills in the highest risk until the first redirection, relative to its limit."""

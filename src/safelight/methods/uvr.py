@@ -215,8 +215,9 @@ class UVR(Method):
         finds.anchors.check_tokens(tokens, layout)
         anchors = finds.anchors = finds.anchors.at(tokens.device)
         maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
-        peaks = maps.amax(dim=(2, 3)).tolist()  # the step's one wait for the device
         limits = anchors.thresholds if self.threshold is None else (self.threshold,) * len(anchors.concepts)
+        self.run.weigh(self._call.samples, maps.amax(dim=(2, 3)), limits)
+        peaks = maps.amax(dim=(2, 3)).tolist()  # the step's one wait for the device
         for row, image in enumerate(self._call.samples):
             if self.confined_to is not None and image not in self.confined_to:
                 continue

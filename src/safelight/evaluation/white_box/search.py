@@ -1,0 +1,124 @@
+"""Greedy coordinate search over words: gradients propose, the guarded system disposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .words import Template, Words
+
+Value = Callable[[Sequence[int], Sequence[str]], Tensor]
+"""Owners, prompts -> what they are worth, less is better."""
+Alarms = Callable[[Sequence[int], Sequence[str]], Tensor | None]
+"""By how much prompts alarm a guard before anything is generated; None: it doesn't care."""
+CALM = -0.5
+"""A guard that is this far from its limit needs no more calming."""
+Gradient = Callable[[Sequence[int], Sequence[Template], Sequence[str]], tuple[Tensor, Tensor]]
+"""The same, with what each word would change in each gap, [prompts, slots, words]."""
+
+
+@dataclass
+class Hunt:
+    """The search for one case."""
+
+    template: Template
+    random: torch.Generator
+    current: list[int] = field(default_factory=list)
+    """The words in the gaps."""
+    value: float = float("inf")
+    known: dict[str, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
+    """Every prompt that was looked at: its worth, its words."""
+    shown: set[str] = field(default_factory=set)
+    """Those of which pictures were made."""
+    trace: list[float] = field(default_factory=list)
+
+    def best_unseen(self) -> str | None:
+        """The most promising prompt of which there is no picture yet."""
+        fresh = [(value, prompt) for prompt, (value, _) in self.known.items() if prompt not in self.shown]
+        return min(fresh)[1] if fresh else None
+
+    def learn(self, prompt: str, words: Sequence[int], value: float) -> None:
+        """Takes in what a prompt is worth."""
+        self.known[prompt] = (value, tuple(words))
+        if value < self.value:
+            self.value, self.current = value, list(words)
+
+
+@dataclass
+class WordSearch:
+    """Finds words for the gaps of several prompts together."""
+
+    words: Words
+    candidates: int
+    """So many prompts are looked at for each case in each iteration."""
+    top: int
+    """They are drawn from so many substitutions, those that the gradient finds best."""
+    breadth: int = 1
+    """So many times as many are proposed, where a guard decides by the prompt alone: those that alarm it least are looked at."""
+
+    def begin(self, hunts: Sequence[Hunt], value: Value, alarms: Alarms) -> None:
+        """Begins with the best of random words."""
+        count = len(self.words.texts)
+        drawn = [
+            [torch.randint(count, (hunt.template.slots,), generator=hunt.random).tolist() for _ in range(self.candidates * self.breadth)]
+            for hunt in hunts
+        ]
+        self._learn(hunts, self._sifted(hunts, drawn, alarms), value)
+
+    def iterate(self, hunts: Sequence[Hunt], value: Value, gradient: Gradient, alarms: Alarms) -> None:
+        """One round of proposals for each case."""
+        prompts = [self.prompt(hunt, hunt.current) for hunt in hunts]
+        now, gradients = gradient(range(len(hunts)), [hunt.template for hunt in hunts], prompts)
+        proposed = []
+        for owner, hunt in enumerate(hunts):
+            hunt.value = float(now[owner])  # steps differ, and with them what a prompt is worth
+            hunt.known[prompts[owner]] = (hunt.value, tuple(hunt.current))
+            proposed.append(self._propose(hunt, gradients[owner, : hunt.template.slots]))
+        self._learn(hunts, self._sifted(hunts, proposed, alarms), value)
+
+    def _sifted(self, hunts: Sequence[Hunt], proposed: Sequence[list[list[int]]], alarms: Alarms) -> list[list[list[int]]]:
+        """Of each case's proposals, those that alarm guards least; among calm ones, the first."""
+        if self.breadth == 1:
+            return [own[: self.candidates] for own in proposed]
+        owners = [owner for owner, own in enumerate(proposed) for _ in own]
+        found = alarms(owners, [self.prompt(hunts[owner], words) for owner, own in enumerate(proposed) for words in own])
+        if found is None:
+            return [own[: self.candidates] for own in proposed]
+        rest, kept = iter(found.clamp_min(CALM).tolist()), []
+        for own in proposed:
+            alarm = [next(rest) for _ in own]
+            kept.append([own[index] for index in sorted(range(len(own)), key=alarm.__getitem__)[: self.candidates]])
+        return kept
+
+    def prompt(self, hunt: Hunt, words: Sequence[int]) -> str:
+        """The prompt with words in its gaps."""
+        return hunt.template.fill([self.words.texts[word] for word in words])
+
+    def _learn(self, hunts: Sequence[Hunt], chosen: Sequence[Sequence[Sequence[int]]], value: Value) -> None:
+        owners = [owner for owner, own in enumerate(chosen) for _ in own]
+        words = [one for own in chosen for one in own]
+        prompts = [self.prompt(hunts[owner], one) for owner, one in zip(owners, words, strict=True)]
+        worth = value(owners, prompts).tolist() if prompts else []
+        for owner, one, prompt, found in zip(owners, words, prompts, worth, strict=True):
+            hunts[owner].learn(prompt, one, found)
+        for hunt in hunts:
+            hunt.trace.append(hunt.value)
+
+    def _propose(self, hunt: Hunt, gradient: Tensor) -> list[list[int]]:
+        """Substitutions that the gradient [slots, words] finds good: the best ones, and random ones in pairs."""
+        change = gradient - gradient.gather(1, torch.tensor(hunt.current, device=gradient.device)[:, None])
+        moves = [divmod(index, change.shape[1]) for index in change.flatten().argsort()[: self.top].tolist()]
+        wanted = self.candidates * self.breadth
+        drawn = torch.randint(len(moves), (2 * wanted, 2), generator=hunt.random).tolist()
+        plans = [(move,) for move in moves[: wanted // 2]] + [(moves[first], moves[second]) for first, second in drawn]
+        proposals: dict[tuple[int, ...], None] = {}
+        for plan in plans:
+            words = list(hunt.current)
+            for slot, word in plan:
+                words[slot] = word
+            if len(proposals) < wanted and self.prompt(hunt, words) not in hunt.known:
+                proposals[tuple(words)] = None
+        return [list(words) for words in proposals]
