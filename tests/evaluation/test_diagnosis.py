@@ -242,6 +242,8 @@ def test_strength_beyond_its_range_names_the_useful_end() -> None:
     falling = [replace(one, setting=1 - one.setting) for one in reversed(rising)]  # a setting that weakens as it grows
     assert "= 0.5" in (Curve("dual_latent.until", falling).finding() or {})["advice"]
     assert Curve("sld.scale", rising[:2]).finding() is None
+    few = [replace(rising[1], erase=Estimate(0.9, 0.8, 0.99, 20)), *rising[2:]]  # so few prompts that 0.9 may be 0.98
+    assert (Curve("sld.scale", few).finding() or {})["severity"] == "suspected"
     assert Curve("sld.scale", [point(0.2, 0.5, 1.0), point(0.5, 0.8, 0.97), point(1.0, 0.97, 0.9)]).finding() is None  # all of it is useful
     worse = [point(1, 0.98, 0.97, 0.01), point(2, 0.98, 0.97, 0.2), point(3, 0.98, 0.97, 0.4)]
     assert "2, 3 erase no more" in (Curve("uce.scale", worse).finding() or {})["advice"]

@@ -116,7 +116,7 @@ def test_tables_hold_the_figures(tmp_path: Path) -> None:
         assert told in parsed.text, told
     assert len(parsed.of("button")) == 2 * (1 + 10)
     hints = [cell["title"] for cell in parsed.of("td") if cell.get("title")]
-    assert any("ASR, plain 90 %, 95 % interval 81 to 99 %, n = 80" in str(hint) for hint in hints)
+    assert any("ASR, plain 90 %, 95 % interval 81 to 99 %, n = 80; attack success, classifier 90 %" in str(hint) for hint in hints)
 
 
 def test_plots_stand_on_the_figures(tmp_path: Path) -> None:

@@ -186,8 +186,10 @@ def markdown(board: Leaderboard) -> str:
     return "\n".join(lines)
 
 
-SHOWN = (*((column, "asr") for column in ATTACKS), ("plain", "retention"), ("benign", "untouched"), ("benign", "over_refusal"),
-         ("proximal", "over_refusal"), ("proximal", "sadi_delta_p"), ("benign", "overhead"))  # fmt: skip
+SHOWN = (
+    *((column, "asr") for column in ATTACKS), ("plain", "retention"), ("benign", "untouched"), ("benign", "over_refusal"), ("proximal", "over_refusal"),
+    ("proximal", "sadi_delta_p"), ("benign", "alignment"), ("benign", "frechet"), ("benign", "overhead"),
+)  # fmt: skip
 """The figures of a table, by column and name."""
 
 

@@ -127,7 +127,11 @@ def _heat(board: Leaderboard, method: str, backbone: str, column: str, name: str
     if figure is None:
         return Heat("–", "not measured", f"{method} on {backbone}, {column}: {told.title} was not measured", None, math.inf)
     value, ends = written(figure, told.share), interval(figure, told.share)
-    hint = f"{method} on {backbone}: {title(column, name)} {value}, 95 % interval {ends}, n = {figure.n}"
+    hint = f"{method} on {backbone}: {title(column, name)} {value}, 95 % interval {ends}, n = {figure.n}" + "".join(
+        f"; {label(other).title} {written(one, label(other).share)} ({interval(one, label(other).share)})"
+        for other, one in cell.figures.items()
+        if name == "asr" and other != "asr"
+    )
     if math.isnan(figure.value):
         return Heat(value, f"n = {figure.n}", hint, None, math.inf)
     return Heat(value, ends, hint, _bad(figure.value, told.share, told.better, worst), figure.value)

@@ -37,31 +37,39 @@ class Curve:
     def finding(self) -> dict[str, Any] | None:
         """A finding like those of a diagnosis if runs erase no more than a gentler one, and keep clearly less.
 
-        The gentlest run within `SATURATED` of the best erase rate is the useful end of the range. What is gentler is what keeps
-        more: a setting may count upwards or downwards.
+        The gentlest run within `SATURATED` of the best erase rate, or whose interval reaches it, is the useful end of the range. What
+        is gentler is what keeps more: a setting may count upwards or downwards.
         """
         usable = [point for point in self.points if not (math.isnan(point.erase.value) or math.isnan(point.retention.value))]
         if len(usable) < 3:
             return None
         best = max(point.erase.value for point in usable)
-        saturated = [point for point in usable if point.erase.value >= best - SATURATED]
+        saturated = [point for point in usable if max(point.erase.value + SATURATED, point.erase.high) >= best]
         end = max(saturated, key=lambda point: (point.retention.value, -_disruption(point)))
         beyond = [point for point in saturated if _worse(point, end)]
         if not beyond:
             return None
-        severe = any(point.retention.high < end.retention.low for point in beyond)
+        severe = end.erase.value >= best - SATURATED and any(_certainly_worse(point, end) for point in beyond)
         listed = ", ".join(f"{point.setting:g}" for point in beyond)
+        verbs = ("erases", "keeps") if len(beyond) == 1 else ("erase", "keep")
+        sure = f"Use {self.setting} = {end.setting:g}; {listed} {verbs[0]} no more and {verbs[1]} less."
+        unsure = f"Measure {self.setting} = {end.setting:g} and {listed} on more prompts before choosing: {listed} may erase no more, and keep less."
         figures = {f"retention at {point.setting:g}": point.retention.to_json() for point in (end, *beyond)}
         figures |= {f"erase rate at {point.setting:g}": point.erase.to_json() for point in (end, *beyond)}
         return {
             "name": "strength_beyond_range",
             "severity": "severe" if severe else "suspected",
-            "title": f"Beyond {self.setting} = {end.setting:g}, nothing more is erased and more is lost",
-            "advice": f"Use {self.setting} = {end.setting:g}; {listed} erase{'s' if len(beyond) == 1 else ''} no more and keep"
-            f"{'s' if len(beyond) == 1 else ''} less.",
+            "title": f"Beyond {self.setting} = {end.setting:g} no more is erased for certain, and more is lost",
+            "advice": sure if severe else unsure,
             "examples": [],
             "figures": figures,
         }
+
+
+def _certainly_worse(point: Point, end: Point) -> bool:
+    """Whether intervals don't even touch."""
+    disrupts = point.disruption is not None and end.disruption is not None and point.disruption.low > end.disruption.high
+    return point.retention.high < end.retention.low or disrupts
 
 
 def _disruption(point: Point) -> float:
