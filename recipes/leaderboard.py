@@ -34,9 +34,9 @@ from safelight.evaluation.evaluate import Sizes, evaluate, look
 from safelight.evaluation.fingerprint import versions
 from safelight.evaluation.generate import generate, read_picture
 from safelight.evaluation.leaderboard import put_markdown, read_leaderboard
-from safelight.evaluation.report import write as write_page
 from safelight.evaluation.metrics import quality, safety
 from safelight.evaluation.metrics.estimates import bootstrap, figure, rate
+from safelight.evaluation.report import write as write_page
 from safelight.evaluation.success import testbed_success
 from safelight.generator import Generator
 from safelight.method import Method
@@ -317,6 +317,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"))
     parser.add_argument("--only", choices=BACKBONES, help="make this pipeline's cells, and nothing else")
     parser.add_argument("--rows", nargs="*", choices=list(GUARDS), default=list(GUARDS), help="make these rows, with --only")
+    parser.add_argument("--columns", nargs="*", choices=list(CELLS), default=list(CELLS), help="make these columns, with --only")
     parser.add_argument("--search", action="store_true", help="compare combinations instead")
     arguments = parser.parse_args()
     quiet()
@@ -324,7 +325,7 @@ def main() -> None:
         Bench(name, arguments.out, "testbed-dev" if arguments.search else "testbed") for name in BACKBONES if arguments.only in (None, name)
     ]
     rows = {bench.backbone: CANDIDATES[bench.backbone] if arguments.search else arguments.rows for bench in benches}
-    cells = make_cells([(bench, row, column) for bench in benches for row in rows[bench.backbone] for column in CELLS])
+    cells = make_cells([(bench, row, column) for bench in benches for row in rows[bench.backbone] for column in arguments.columns])
     if arguments.only:
         return
     if arguments.search:

@@ -54,7 +54,8 @@ def regulate(heads: Heads, groups: Iterable[Group], attend: Attend, base: Callab
         seen = attend(_through(replace(heads, query=heads.query.gather(2, index)), group, renormalise))
         if group.valid is not None:
             seen = torch.where(group.valid[:, None, :, None], seen, result.gather(2, index))
-        result = result.scatter(2, index, seen)  # not in place: an attack may want its gradient
+        # In place where nobody wants a gradient (an attack does): a copy for each group would cost memory.
+        result = result.scatter(2, index, seen) if torch.is_grad_enabled() else result.scatter_(2, index, seen)
     return result
 
 

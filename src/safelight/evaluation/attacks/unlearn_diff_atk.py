@@ -79,7 +79,10 @@ class UnlearnDiffAtk(Attack):
             targets = image_targets(generator, [cases[index] for index in trials.open], self.steps)
             objective = Objective(generator, methods, [cases[index] for index in trials.open], targets, words, self.hinge)
             self._search(trials, hunts, objective, {index: owner for owner, index in enumerate(trials.open)})
-        return [trials.attempt(i, hunt.best_unseen() or hunt.template.parts[-1] or "", len(hunt.trace), hunt.trace) for i, hunt in enumerate(hunts)]
+        return [
+            trials.attempt(i, hunt.best_unseen() or hunt.template.parts[-1] or "", len(hunt.trace), hunt.trace)
+            for i, hunt in enumerate(hunts)
+        ]
 
     def _hunt(self, case: Case, words: Words) -> Hunt:
         room = words.room - max(encoder.count(case.prompt) for encoder in words.encoders)
@@ -100,7 +103,11 @@ class UnlearnDiffAtk(Attack):
 
             if round_ == 0:
                 objective.values(place(range(len(active))), [trials.cases[index].prompt for index in active], step)  # sets the scales
-                search.begin(own, lambda chosen, prompts: objective.values(place(chosen), prompts, step), lambda chosen, prompts: objective.alarms(place(chosen), prompts))
+                search.begin(
+                    own,
+                    lambda chosen, prompts: objective.values(place(chosen), prompts, step),
+                    lambda chosen, prompts: objective.alarms(place(chosen), prompts),
+                )
             else:
                 search.iterate(
                     own, lambda chosen, prompts: objective.values(place(chosen), prompts, step),

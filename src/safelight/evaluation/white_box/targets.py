@@ -128,5 +128,7 @@ def _noised(pipe: Any, final: Tensor, noise: Tensor, timestep: Tensor, index: in
     wanted = {"epsilon": noise, "v_prediction": kept * noise - added * final, "sample": final}
     kind = scheduler.config.prediction_type
     if kind not in wanted:
-        raise UnsupportedPipeline(f"what {type(scheduler).__name__} predicts ({kind!r}) is unknown here; use epsilon, v_prediction or a flow")
+        raise UnsupportedPipeline(
+            f"what {type(scheduler).__name__} predicts ({kind!r}) is unknown here; use epsilon, v_prediction or a flow"
+        )
     return kept * final + added * noise, wanted[kind]

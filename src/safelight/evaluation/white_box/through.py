@@ -99,7 +99,11 @@ class Outer(Method):
         if view.blank:
             empty = self.run.encode("")
             rows = list(range(len(call.samples)))
-            many = replace(empty, text=empty.text.expand(len(rows), -1, -1), pooled=None if empty.pooled is None else empty.pooled.expand(len(rows), -1))
+            many = replace(
+                empty,
+                text=empty.text.expand(len(rows), -1, -1),
+                pooled=None if empty.pooled is None else empty.pooled.expand(len(rows), -1),
+            )
             view.empty = self._bare(call, rows, many)
 
     def _bare(self, call: Call, rows: list[int], embedding: Embedding | None) -> Tensor:
