@@ -151,7 +151,10 @@ def cluster(workers: int) -> Iterator[None]:
     try:
         ray.init(**own, log_to_driver=False, logging_level="ERROR", configure_logging=True)
     except ConnectionError as error:
-        raise ArtefactError(f"there is no Ray cluster at {address}; start one with `ray start --head`, or unset RAY_ADDRESS") from error
+        raise ArtefactError(
+            f"no Ray cluster at {address} answers; start one with `ray start --head`, set RAY_AUTH_MODE=token if it asks for a token, "
+            "or unset RAY_ADDRESS to use this machine"
+        ) from error
     try:
         yield
     finally:
