@@ -25,6 +25,7 @@ SETTLED: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }  # fmt: skip
 """Nothing is reported to anybody, and nothing is logged that users can't act upon."""
+ATTEMPTS = 3
 STUCK = 4 * 3600
 """Seconds without a finished round after which a run is given up: workers that die over the same work are started again until then."""
 
@@ -147,15 +148,25 @@ def cluster(workers: int) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    own = {"address": address} if address else {"num_cpus": workers + 1, "include_dashboard": False}
-    try:
-        ray.init(**own, log_to_driver=False, logging_level="ERROR", configure_logging=True)
-    except ConnectionError as error:
-        raise ArtefactError(
-            f"no Ray cluster at {address} answers; start one with `ray start --head`, set RAY_AUTH_MODE=token if it asks for a token, "
-            "or unset RAY_ADDRESS to use this machine"
-        ) from error
+    _start(ray, {"address": address} if address else {"address": "local", "num_cpus": workers + 1, "include_dashboard": False})
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, where: Mapping[str, Any]) -> None:
+    """Connects; a Ray of our own is given several chances, as it gives up after a few seconds on a busy machine."""
+    for left in reversed(range(ATTEMPTS if where["address"] == "local" else 1)):
+        try:
+            ray.init(**where, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            return
+        except ConnectionError as error:
+            raise ArtefactError(
+                f"no Ray cluster at {where['address']} answers; start one with `ray start --head`, set RAY_AUTH_MODE=token if it asks for a "
+                "token, or unset RAY_ADDRESS to use this machine"
+            ) from error
+        except Exception as error:  # Ray raises no narrower kind when its processes don't come up in time
+            ray.shutdown()
+            if not left:
+                raise RuntimeError(f"Ray does not start ({error}); if the machine is busy, try again later") from error
