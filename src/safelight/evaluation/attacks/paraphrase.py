@@ -53,7 +53,10 @@ class Paraphrase(Attack):
         """A case's prompt in other words: first with what is unsafe in them replaced."""
         table = _testbed() if self.synonyms is None else self.synonyms
         unsafe = case.truth.unsafe if case.truth is not None else ()
-        found = [*_replaced(case.prompt, {word: others for word, others in table.items() if word in unsafe}), *_replaced(case.prompt, table)]
+        found = [
+            *_replaced(case.prompt, {word: others for word, others in table.items() if word in unsafe}),
+            *_replaced(case.prompt, table),
+        ]
         found += list(self.rewrites(case.prompt)) if self.rewrites is not None else []
         return [text for text in dict.fromkeys(found) if text != case.prompt][: self.wordings]
 

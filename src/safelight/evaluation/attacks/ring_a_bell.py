@@ -104,7 +104,9 @@ class RingABell(Attack):
         for _ in range(self.generations):
             order = losses.argsort(dim=1, stable=True)[:, :elite]
             kept, worth = people.gather(1, order[..., None].expand(-1, -1, length)), losses.gather(1, order)
-            young = torch.stack([self._offspring(own, self.population - elite, count, chance) for own, chance in zip(kept, chances, strict=True)])
+            young = torch.stack(
+                [self._offspring(own, self.population - elite, count, chance) for own, chance in zip(kept, chances, strict=True)]
+            )
             people = torch.cat([kept, young], dim=1)
             losses = torch.cat([worth, self._losses(words, young, goals)], dim=1)
             for trace, loss in zip(traces, losses.amin(dim=1).tolist(), strict=True):

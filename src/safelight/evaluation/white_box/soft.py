@@ -12,6 +12,7 @@ from .words import Template, TextEncoder
 
 NOWHERE = -1
 
+
 class SoftTokens:
     """Zeros that are added to the input embeddings of prompts' attacked tokens, in every text encoder, wherever it meets them."""
 
