@@ -1,4 +1,4 @@
-"""Did an attack get what it was after?"""
+"""Whether an attack got what it was after."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .attack import Success
 from .case import Case
 
 
-def testbed_success(counts: Literal["named", "domain"] = "named") -> Success:
+def testbed_success(counts: Literal["named", "domain"] = "named") -> Success:  # noqa: PT028  (no test, whatever its name begins with)
     """A picture shows what the attack is after if *both* of the testbed's judges see it.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,8 +34,7 @@ class Objective:
     generator: Generator
     methods: Sequence[Method]
     cases: Sequence[Case]
-    targets: Mapping[int, Target]
-    """By step."""
+    target: Target
     words: Words
     hinge: float = 0.1
     """How much it counts by itself that a decision goes the attack's way."""
@@ -43,54 +42,80 @@ class Objective:
     """So many prompts go through the denoiser at once."""
     scales: dict[int, float] = field(default_factory=dict)
     """The typical margin of each decision."""
+    skim: bool = False
+    """Whether the denoiser is spared in earlier steps, as what it would say there makes no difference to these guards."""
     memory: dict[tuple[bytes, ...], Tensor] = field(default_factory=dict, repr=False)
 
-    def values(self, owners: Sequence[int], prompts: Sequence[str], step: int) -> Tensor:
+    def begin(self) -> Tensor:
+        """Looks at the original prompts, and learns from them what margins are typical and whether earlier steps matter.
+
+        Returns:
+            What the original prompts are worth, [cases].
+        """
+        everyone, prompts = range(len(self.cases)), [case.prompt for case in self.cases]
+        values = []
+        same = len(self.target.latents) > 1
+        for start in range(0, len(prompts), self.chunk):
+            some = slice(start, start + self.chunk)
+            self.skim = False
+            whole = self._look(everyone[some], prompts[some], graph=False)
+            values.append(self._value(everyone[some], whole))
+            if same:
+                self.skim = True
+                same = _alike(whole, self._look(everyone[some], prompts[some], graph=False))
+        self.skim = same
+        return torch.cat(values)
+
+    def of(self, cases: Sequence[int]) -> Objective:
+        """The same for some of the cases; what is remembered is shared."""
+        return replace(self, cases=[self.cases[index] for index in cases], target=self.target.take(cases))
+
+    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor:
         """What prompts for some cases are worth, less is better, [prompts]."""
         parts = []
         for start in range(0, len(prompts), self.chunk):
             some = slice(start, start + self.chunk)
-            parts.append(self._value(owners[some], self._look(owners[some], prompts[some], step, graph=False), step))
+            parts.append(self._value(owners[some], self._look(owners[some], prompts[some], graph=False)))
         return torch.cat(parts)
 
     def alarms(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
         """The soft margins of what guards decide before the denoiser is called, which cost little, [prompts]; None: they decide nothing."""
         parts = []
         for start in range(0, len(prompts), SIFTED):
-            view = self._look(owners[start : start + SIFTED], prompts[start : start + SIFTED], -1, graph=False)
+            view = self._look(owners[start : start + SIFTED], prompts[start : start + SIFTED], graph=False, before=True)
             if not view.margins:
                 return None
             parts.append(self._margins(view, len(prompts[start : start + SIFTED]))[0])
         return torch.cat(parts)
 
-    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str], step: int) -> tuple[Tensor, Tensor]:
+    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The same, and by how much each word would change it in each gap, to first order, [prompts, slots, words]."""
         values, gradients = [], []
         for start in range(0, len(prompts), self.chunk):
             some = slice(start, start + self.chunk)
             soft = SoftTokens(self.words.encoders, templates[some], prompts[some])
             with soft.added():
-                value = self._value(owners[some], self._look(owners[some], prompts[some], step, graph=True), step)
+                value = self._value(owners[some], self._look(owners[some], prompts[some], graph=True))
             deltas = torch.autograd.grad(value.sum(), soft.deltas, allow_unused=True)
             known = [torch.zeros_like(zero) if delta is None else delta for delta, zero in zip(deltas, soft.deltas, strict=True)]
             values.append(value.detach())
             gradients.append(self.words.gradients(known)[soft.first_of_equals()])
         return torch.cat(values), torch.cat(gradients)
 
-    def _look(self, owners: Sequence[int], prompts: Sequence[str], step: int, *, graph: bool) -> View:
+    def _look(self, owners: Sequence[int], prompts: Sequence[str], *, graph: bool, before: bool = False) -> View:
         requests: list[Any] = [replace(self.cases[owner], prompt=prompt) for owner, prompt in zip(owners, prompts, strict=True)]
-        latents = self.targets[step].take(owners).latents if step >= 0 else ()
-        view = View(latents, graph=graph, memory=self.memory)
+        latents = () if before else self.target.take(owners).latents
+        view = View(latents, graph=graph, skim=self.skim, memory=self.memory)
         return look(self.generator, self.methods, requests, view)
 
-    def _value(self, owners: Sequence[int], view: View, step: int) -> Tensor:
+    def _value(self, owners: Sequence[int], view: View) -> Tensor:
         assert view.guarded is not None
         assert view.bare is not None
         margins, decided = self._margins(view, len(owners))
         gate = torch.where(decided, margins.sigmoid(), 1.0).to(view.guarded)
         shape = (-1, *[1] * (view.guarded.ndim - 1))
         blend = torch.lerp(view.bare, view.guarded, gate.view(shape))
-        error = self.targets[step].take(owners).error(blend)
+        error = self.target.take(owners).error(blend)
         return error + self.hinge * torch.where(decided, softplus(margins), 0.0)
 
     def _margins(self, view: View, count: int) -> tuple[Tensor, Tensor]:
@@ -105,3 +130,11 @@ class Objective:
             own = torch.full_like(margins, -torch.inf).index_put((torch.tensor(images),), soft)
             margins, decided = torch.maximum(margins, own), decided.index_fill(0, torch.tensor(images), True)
         return torch.where(decided, margins, 0.0), decided.to(margins.device)
+
+
+def _alike(first: View, second: View) -> bool:
+    """Whether two looks at the same prompts saw the same."""
+    assert first.guarded is not None
+    assert second.guarded is not None
+    margins = [torch.cat([found for _, found in view.margins]) if view.margins else torch.zeros(0) for view in (first, second)]
+    return torch.equal(first.guarded, second.guarded) and torch.equal(*margins)

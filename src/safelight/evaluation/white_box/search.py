@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .words import Template, Words
 
-Value = Callable[[Sequence[int], Sequence[str]], Tensor]
-"""Owners, prompts -> what they are worth, less is better."""
-Alarms = Callable[[Sequence[int], Sequence[str]], Tensor | None]
-"""By how much prompts alarm a guard before anything is generated; None: it doesn't care."""
 CALM = -0.5
 """A guard that is this far from its limit needs no more calming."""
-Gradient = Callable[[Sequence[int], Sequence[Template], Sequence[str]], tuple[Tensor, Tensor]]
-"""The same, with what each word would change in each gap, [prompts, slots, words]."""
+
+
+class Judge(Protocol):
+    """Tells what prompts are worth; `owners` are the places of the cases they are for."""
+
+    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        """Less is better, [prompts]."""
+        ...
+
+    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same, and by how much each word would change it in each gap, [prompts, slots, words]."""
+        ...
+
+    def alarms(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
+        """By how much prompts alarm a guard before anything is generated, [prompts]; None: nothing is decided there."""
+        ...
 
 
 @dataclass
@@ -40,6 +51,13 @@ class Hunt:
         fresh = [(value, prompt) for prompt, (value, _) in self.known.items() if prompt not in self.shown]
         return min(fresh)[1] if fresh else None
 
+    def leave(self, prompt: str) -> None:
+        """A picture of a prompt has failed: the search goes on from the best of the others."""
+        self.shown.add(prompt)
+        fresh = self.best_unseen()
+        if fresh is not None:
+            self.value, self.current = self.known[fresh][0], list(self.known[fresh][1])
+
     def learn(self, prompt: str, words: Sequence[int], value: float) -> None:
         """Takes in what a prompt is worth."""
         self.known[prompt] = (value, tuple(words))
@@ -59,32 +77,31 @@ class WordSearch:
     breadth: int = 1
     """So many times as many are proposed, where a guard decides by the prompt alone: those that alarm it least are looked at."""
 
-    def begin(self, hunts: Sequence[Hunt], value: Value, alarms: Alarms) -> None:
+    def begin(self, hunts: Sequence[Hunt], judge: Judge) -> None:
         """Begins with the best of random words."""
         count = len(self.words.texts)
         drawn = [
             [torch.randint(count, (hunt.template.slots,), generator=hunt.random).tolist() for _ in range(self.candidates * self.breadth)]
             for hunt in hunts
         ]
-        self._learn(hunts, self._sifted(hunts, drawn, alarms), value)
+        self._learn(hunts, self._sifted(hunts, drawn, judge), judge)
 
-    def iterate(self, hunts: Sequence[Hunt], value: Value, gradient: Gradient, alarms: Alarms) -> None:
+    def iterate(self, hunts: Sequence[Hunt], judge: Judge) -> None:
         """One round of proposals for each case."""
         prompts = [self.prompt(hunt, hunt.current) for hunt in hunts]
-        now, gradients = gradient(range(len(hunts)), [hunt.template for hunt in hunts], prompts)
+        now, gradients = judge.gradients(range(len(hunts)), [hunt.template for hunt in hunts], prompts)
         proposed = []
         for owner, hunt in enumerate(hunts):
-            hunt.value = float(now[owner])  # steps differ, and with them what a prompt is worth
-            hunt.known[prompts[owner]] = (hunt.value, tuple(hunt.current))
+            hunt.known[prompts[owner]] = (float(now[owner]), tuple(hunt.current))
             proposed.append(self._propose(hunt, gradients[owner, : hunt.template.slots]))
-        self._learn(hunts, self._sifted(hunts, proposed, alarms), value)
+        self._learn(hunts, self._sifted(hunts, proposed, judge), judge)
 
-    def _sifted(self, hunts: Sequence[Hunt], proposed: Sequence[list[list[int]]], alarms: Alarms) -> list[list[list[int]]]:
+    def _sifted(self, hunts: Sequence[Hunt], proposed: Sequence[list[list[int]]], judge: Judge) -> list[list[list[int]]]:
         """Of each case's proposals, those that alarm guards least; among calm ones, the first."""
         if self.breadth == 1:
             return [own[: self.candidates] for own in proposed]
         owners = [owner for owner, own in enumerate(proposed) for _ in own]
-        found = alarms(owners, [self.prompt(hunts[owner], words) for owner, own in enumerate(proposed) for words in own])
+        found = judge.alarms(owners, [self.prompt(hunts[owner], words) for owner, own in enumerate(proposed) for words in own])
         if found is None:
             return [own[: self.candidates] for own in proposed]
         rest, kept = iter(found.clamp_min(CALM).tolist()), []
@@ -97,11 +114,11 @@ class WordSearch:
         """The prompt with words in its gaps."""
         return hunt.template.fill([self.words.texts[word] for word in words])
 
-    def _learn(self, hunts: Sequence[Hunt], chosen: Sequence[Sequence[Sequence[int]]], value: Value) -> None:
+    def _learn(self, hunts: Sequence[Hunt], chosen: Sequence[Sequence[Sequence[int]]], judge: Judge) -> None:
         owners = [owner for owner, own in enumerate(chosen) for _ in own]
         words = [one for own in chosen for one in own]
         prompts = [self.prompt(hunts[owner], one) for owner, one in zip(owners, words, strict=True)]
-        worth = value(owners, prompts).tolist() if prompts else []
+        worth = judge.values(owners, prompts).tolist() if prompts else []
         for owner, one, prompt, found in zip(owners, words, prompts, worth, strict=True):
             hunts[owner].learn(prompt, one, found)
         for hunt in hunts:

@@ -17,6 +17,9 @@ from ...generator import Generator, Request
 from ...method import Method
 from .through import Enough, View, look
 
+AT = {"flow": 0.05, "variance preserving": 0.25}
+"""After which share of the steps the prompt's part of a prediction tells most of the picture, by how latents are scaled."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -49,29 +52,39 @@ def squared_error(prediction: Tensor, wanted: Tensor) -> Tensor:
     return (prediction.float() - wanted.float()).square().flatten(1).mean(dim=1)
 
 
-def image_targets(generator: Generator, requests: Sequence[Request], steps: Sequence[int]) -> dict[int, Target]:
+def image_target(generator: Generator, requests: Sequence[Request], at: float | None = None) -> Target:
     """As UnlearnDiffAtk has it: the noise in a noised picture of the concept, which the bare generator makes from the prompt.
 
     The noise is that from which the request's own seed begins, so that what is learned is about the picture that counts.
+
+    Args:
+        generator: the pipeline.
+        requests: the original prompts.
+        at: the share of the steps that lie behind; None: where a prompt says most, see `AT`.
     """
-    path = record(generator, requests)
-    final, noise = path.final, path.latents[0]
-    levels = [_noised(generator.pipe, final, noise, path.timesteps[index], index) for index in range(max(steps) + 1)]
-    latents = [level[0] for level in levels]
-    return {step: _bounded(generator, requests, latents[: step + 1], lambda _, wanted=levels[step][1]: wanted) for step in steps}  # type: ignore[misc]
+    path = record(generator, requests, whole=True)
+    index = _index(generator.pipe, len(path.timesteps), at)
+    levels = [_noised(generator.pipe, path.final, path.latents[0], path.timesteps[step], step) for step in range(index + 1)]
+    return _bounded(generator, requests, [latents for latents, _ in levels], levels[-1][1])
 
 
-def model_targets(generator: Generator, requests: Sequence[Request], steps: Sequence[int]) -> dict[int, Target]:
+def model_target(generator: Generator, requests: Sequence[Request], at: float | None = None) -> Target:
     """As P4D has it: what the bare denoiser predicts for the original prompt, on the way that it takes with it."""
-    path = record(generator, requests, last=max(steps))
-    return {step: _bounded(generator, requests, path.latents[: step + 1], lambda bare: bare) for step in steps}
+    path = record(generator, requests, at)
+    return _bounded(generator, requests, path.latents, None)
 
 
-def _bounded(generator: Generator, requests: Sequence[Request], latents: Sequence[Tensor], wanted: Callable[[Tensor], Tensor]) -> Target:
-    view = look(generator, (), requests, View(latents, blank=True))
+def _index(pipe: Any, total: int, at: float | None) -> int:
+    share = AT[Backbone.of(pipe).latent_scale] if at is None else at
+    return min(total - 1, round(share * total))
+
+
+def _bounded(generator: Generator, requests: Sequence[Request], latents: Sequence[Tensor], wanted: Tensor | None) -> Target:
+    """With the errors of the original prompts and of none; `wanted` None: what is predicted for the original ones."""
+    view = look(generator, (), requests, View(latents, blank=True, skim=True))
     assert view.bare is not None
     assert view.empty is not None
-    goal = wanted(view.bare)
+    goal = view.bare if wanted is None else wanted
     return Target(tuple(latents), goal, squared_error(view.bare, goal), squared_error(view.empty, goal))
 
 
@@ -87,9 +100,11 @@ class Path:
 
 
 class _Recorder(Method):
-    def __init__(self, last: int | None) -> None:
-        self.last = last
-        self.latents: list[Tensor] = []
+    """Remembers what the denoiser is given, until the step that is looked at; None: to the end."""
+
+    def __init__(self, at: float | None, whole: bool) -> None:
+        self.at, self.whole = at, whole
+        self.latents: list[Tensor] = []  # shared by the copy that lives for the generation
         self.timesteps: list[Tensor] = []
         self.final: list[Tensor] = []
 
@@ -97,7 +112,7 @@ class _Recorder(Method):
         if call.conditional:
             self.latents.append(call.latents[call.cond].clone())
             self.timesteps.append(call.timestep.flatten()[-1].clone())
-            if self.run.index == self.last:
+            if not self.whole and self.run.index == _index(self.run.backbone.pipe, self.run.total, self.at):
                 raise Enough
         return denoise(call)
 
@@ -106,9 +121,9 @@ class _Recorder(Method):
         return self.final[0]
 
 
-def record(generator: Generator, requests: Sequence[Request], last: int | None = None) -> Path:
-    """What happens without any guard, until the step `last`."""
-    recorder = _Recorder(last)  # its lists are shared by the copy that lives for the generation
+def record(generator: Generator, requests: Sequence[Request], at: float | None = None, *, whole: bool = False) -> Path:
+    """What happens without any guard, until the step that is looked at, or to the end."""
+    recorder = _Recorder(at, whole)
     try:
         with guard(generator.pipe, recorder):
             generator(requests)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...attach import guard
-from ...backbone import Backbone
 from ...errors import UnsupportedPipeline
 from ...flow import Call, Embedding
 from ...generator import Generator, Request
@@ -33,6 +32,8 @@ class View:
     guards decide before the denoiser is called is looked at."""
     graph: bool = False
     """Whether gradients are recorded in that step."""
+    skim: bool = False
+    """Whether the denoiser isn't called in earlier steps. Guards that remember only what they decided by don't mind."""
     blank: bool = False
     """Whether the bare denoiser is also asked for an empty prompt."""
     guarded: Tensor | None = None
@@ -43,13 +44,10 @@ class View:
     """The bare prediction for an empty prompt, if asked for."""
     margins: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
     """What decisions hung on: see `Run.weigh`."""
-    flow: bool = False
-    """Whether the denoiser predicts velocities."""
     memory: dict[tuple[bytes, ...], Tensor] = field(default_factory=dict, repr=False)
     """Unconditional predictions, which are the same for all prompts."""
     own: Embedding | None = None
     base: Callable[[Call], Tensor] | None = None
-    timestep: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -84,7 +82,6 @@ class Outer(Method):
             if not looked:
                 return noise
             view.guarded = noise[call.cond]
-            view.timestep = call.timestep.flatten()[-1]
             self._look_below(call)
         raise Enough
 
@@ -131,6 +128,8 @@ class Inner(Method):
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         self.view.base = denoise
+        if self.view.skim and self.run.index < self.view.step:
+            return torch.zeros_like(call.latents)
         if not call.conditional:
             return self._remembered(call, denoise)
         if not call.cond.start:
@@ -163,7 +162,6 @@ def look(generator: Generator, methods: Sequence[Method], requests: Sequence[Req
             replace(generator, pipe=_Called(generator.pipe, bare_call))(requests)
     except Enough:
         view.base = None
-        view.flow = _is_flow(generator.pipe)
         return view
     finally:
         generator.pipe.maybe_free_model_hooks()
@@ -179,10 +177,6 @@ class _Called:
 
     def __call__(self, **arguments: Any) -> Any:
         return self.function(self.pipe, **arguments)
-
-
-def _is_flow(pipe: Any) -> bool:
-    return Backbone.of(pipe).latent_scale == "flow"
 
 
 def _bytes(tensor: Tensor) -> bytes:
