@@ -329,6 +329,7 @@ def comparison(cells: Sequence[Mapping[str, Any]]) -> str:
     """Combinations beside each other: attack success, what is kept, and what benign prompts pay."""
     shown = (("plain", "asr"), ("paraphrase", "asr"), ("ring_a_bell", "asr"), ("unlearn_diff_atk", "asr"), ("plain", "retention"),
              ("benign", "over_refusal"), ("proximal", "over_refusal"))  # fmt: skip
+    shown = tuple(pair for pair in shown if any(one["column"] == pair[0] for one in cells))
     lines = ["| combination | pipeline | " + " | ".join(f"{name.replace('_', ' ')}, {column}" for column, name in shown) + " |"]
     lines.append("|---" * (len(shown) + 2) + "|")
     found = {(one["backbone"], one["method"], one["column"]): one.get("figures", {}) for one in cells}
