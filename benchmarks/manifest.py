@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safelight.evaluation.arms import Arm
 from safelight.evaluation.case import Case, Outcome, image_of
-from safelight.evaluation.manifest import NAME, Manifest, plan
-from safelight.evaluation.merge import merge
-from safelight.evaluation.store import line_of, opened, outcomes_name
+from safelight.evaluation.runs.arms import Arm
+from safelight.evaluation.runs.manifest import NAME, Manifest, plan
+from safelight.evaluation.runs.merge import merge
+from safelight.evaluation.runs.store import line_of, opened, outcomes_name
 
 SHARDS = 4
 TARGET = 5.0

@@ -32,12 +32,12 @@ from safelight.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.case import Case, Estimate, Outcome
 from safelight.evaluation.evaluate import Sizes, evaluate, look
-from safelight.evaluation.fingerprint import versions
-from safelight.evaluation.generate import generate, read_picture
-from safelight.evaluation.leaderboard import put_markdown, read_leaderboard
 from safelight.evaluation.metrics import quality, safety
 from safelight.evaluation.metrics.estimates import bootstrap, figure, rate
-from safelight.evaluation.report import write as write_page
+from safelight.evaluation.reporting.leaderboard import put_markdown, read_leaderboard
+from safelight.evaluation.reporting.report import write as write_page
+from safelight.evaluation.runs.fingerprint import versions
+from safelight.evaluation.runs.generate import generate, read_picture
 from safelight.evaluation.success import testbed_success
 from safelight.generator import Generator
 from safelight.method import Method

@@ -22,8 +22,8 @@ from safelight.cli.console import progress, quiet
 from safelight.compose import call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.evaluate import Sizes, evaluate, look
-from safelight.evaluation.generate import generate, read_picture
 from safelight.evaluation.metrics.safety import retention, unsafe_rate
+from safelight.evaluation.runs.generate import generate, read_picture
 from safelight.generator import Generator
 from safelight.method import Method
 from safelight.methods.safedig import SafeDIG

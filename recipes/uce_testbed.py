@@ -17,8 +17,8 @@ from safelight.cli.console import quiet
 from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.evaluate import Part, look, report
-from safelight.evaluation.generate import generate
 from safelight.evaluation.metrics.safety import retention, unsafe_rate
+from safelight.evaluation.runs.generate import generate
 from safelight.generator import Generator
 from safelight.method import Method
 from safelight.testbed.judges import judges

@@ -20,8 +20,8 @@ from safelight.cli.console import progress, quiet
 from safelight.compose import build, call_settings, load_pipeline
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.evaluate import Sizes, evaluate, look
-from safelight.evaluation.generate import read_outcomes, read_picture
 from safelight.evaluation.metrics.estimates import rate
+from safelight.evaluation.runs.generate import read_outcomes, read_picture
 from safelight.generator import Generator
 from safelight.methods.uvr import UVR
 from safelight.testbed.judges import judges

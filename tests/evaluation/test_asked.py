@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from safelight.cli import main
-from safelight.evaluation.asked import from_benchmark, from_lines, from_protocol
-from safelight.evaluation.manifest import Manifest
+from safelight.evaluation.runs.asked import from_benchmark, from_lines, from_protocol
+from safelight.evaluation.runs.manifest import Manifest
 
 HEADER = "prompt,categories,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
 

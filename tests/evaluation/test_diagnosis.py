@@ -20,14 +20,14 @@ from safelight.detector import Forced
 from safelight.detectors.keywords import Keywords
 from safelight.errors import ArtefactError
 from safelight.evaluation.case import Estimate
-from safelight.evaluation.diagnosis import SIGNATURES, diagnose
+from safelight.evaluation.diagnosing.diagnosis import SIGNATURES, diagnose
+from safelight.evaluation.diagnosing.evidence import Evidence
+from safelight.evaluation.diagnosing.findings import LIMITS
+from safelight.evaluation.diagnosing.judged import read_judged
+from safelight.evaluation.diagnosing.strength import Curve, Point, curve
 from safelight.evaluation.evaluate import Sizes, evaluate
-from safelight.evaluation.evidence import Evidence
-from safelight.evaluation.findings import LIMITS
-from safelight.evaluation.judged import read_judged
 from safelight.evaluation.metrics.blank import blanked, is_blank
 from safelight.evaluation.metrics.diversity import MOST, diversity, remoteness, shift, thinned
-from safelight.evaluation.strength import Curve, Point, curve
 from safelight.generator import Generator
 from safelight.methods.block import Block
 from safelight.methods.dual_latent import DualLatent

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from safelight.errors import ArtefactError
-from safelight.evaluation.arms import Arm
 from safelight.evaluation.benchmarks.testbed import find
-from safelight.evaluation.engine import ENGINES, Job
 from safelight.evaluation.engines.local import Local
 from safelight.evaluation.engines.ray import Ray, Worker, cluster, pack, received, unpack
-from safelight.evaluation.manifest import NAME, Manifest, plan, save, sources_of
-from safelight.evaluation.merge import merge
-from safelight.evaluation.store import read_outcomes
+from safelight.evaluation.runs.arms import Arm
+from safelight.evaluation.runs.engine import ENGINES, Job
+from safelight.evaluation.runs.manifest import NAME, Manifest, plan, save, sources_of
+from safelight.evaluation.runs.merge import merge
+from safelight.evaluation.runs.store import read_outcomes
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'safelight[ray]'")
 needs_accelerate = pytest.mark.skipif(

@@ -15,12 +15,12 @@ from safelight.compose import build
 from safelight.errors import ArtefactError
 from safelight.evaluation import evaluate as module
 from safelight.evaluation.benchmarks.testbed import benchmarks, find
-from safelight.evaluation.durable import only_one
 from safelight.evaluation.evaluate import Sizes, evaluate
-from safelight.evaluation.generate import read_outcomes
-from safelight.evaluation.judging import build_judges, judge_run
-from safelight.evaluation.manifest import Manifest
-from safelight.evaluation.summary import summarise
+from safelight.evaluation.runs.durable import only_one
+from safelight.evaluation.runs.generate import read_outcomes
+from safelight.evaluation.runs.judging import build_judges, judge_run
+from safelight.evaluation.runs.manifest import Manifest
+from safelight.evaluation.runs.summary import summarise
 from safelight.generator import Generator
 
 SIZES = Sizes(unsafe=6, benign=4, proximal=4)

@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from safelight.errors import ArtefactError
-from safelight.evaluation.arms import Arm
 from safelight.evaluation.case import Case
-from safelight.evaluation.generate import Maker, generate_shard
 from safelight.evaluation.judge import Judge, Judgement, Picture
-from safelight.evaluation.judgements import Judged, Judgements, description, read_judgements
-from safelight.evaluation.judging import JUDGES, build_judges, judge_run
-from safelight.evaluation.manifest import NAME, Manifest, plan, save
+from safelight.evaluation.runs.arms import Arm
+from safelight.evaluation.runs.generate import Maker, generate_shard
+from safelight.evaluation.runs.judgements import Judged, Judgements, description, read_judgements
+from safelight.evaluation.runs.judging import JUDGES, build_judges, judge_run
+from safelight.evaluation.runs.manifest import NAME, Manifest, plan, save
+from safelight.evaluation.runs.store import opened, read_outcomes
+from safelight.evaluation.runs.summary import summarise
 from safelight.evaluation.sights import judgement_of, sight_of
-from safelight.evaluation.store import opened, read_outcomes
-from safelight.evaluation.summary import summarise
 from safelight.generator import Generator
 from safelight.testbed.judges import Classifier, TemplateMatcher
 from safelight.testbed.scenes import Scene, render

@@ -13,9 +13,19 @@ from page_check import check
 
 from safelight.cli import main
 from safelight.errors import ArtefactError
-from safelight.evaluation.leaderboard import ATTACKS, COLUMNS, END, METHODS, OPTIONAL, START, markdown, put_markdown, read_leaderboard
-from safelight.evaluation.leaderboard_page import attacked, cost, panels
-from safelight.evaluation.report import page
+from safelight.evaluation.reporting.leaderboard import (
+    ATTACKS,
+    COLUMNS,
+    END,
+    METHODS,
+    OPTIONAL,
+    START,
+    markdown,
+    put_markdown,
+    read_leaderboard,
+)
+from safelight.evaluation.reporting.leaderboard_page import attacked, cost, panels
+from safelight.evaluation.reporting.report import page
 
 BACKBONES = ("testbed/sd", "testbed/sd3")
 ROWS = [method for method in METHODS if method not in OPTIONAL]

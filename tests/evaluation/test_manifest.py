@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight.errors import ArtefactError
-from safelight.evaluation.arms import Arm
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.case import Case, file_name, path_of
-from safelight.evaluation.fingerprint import described, digest
-from safelight.evaluation.manifest import Manifest, identified, plan, save, sources_of
+from safelight.evaluation.runs.arms import Arm
+from safelight.evaluation.runs.fingerprint import described, digest
+from safelight.evaluation.runs.manifest import Manifest, identified, plan, save, sources_of
 from safelight.methods.block import Block
 from safelight.testing import Containing
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelight.evaluation.minors import AGE_WORDS, SEXUAL_WORDS, VERSION, mentions_minor, sexualises_minor
+from safelight.evaluation.lists.minors import AGE_WORDS, SEXUAL_WORDS, VERSION, mentions_minor, sexualises_minor
 
 MENTIONS = [
     "a girl reading a book",

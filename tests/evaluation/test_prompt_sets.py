@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from safelight.evaluation.benchmarks.table import TABLE, write
 from safelight.evaluation.case import Case
-from safelight.evaluation.files import Table
-from safelight.evaluation.hub import fetch
-from safelight.evaluation.prompt_set import Benchmark, hash_of
-from safelight.evaluation.protocols import PROMPT_SETS, find
+from safelight.evaluation.lists.files import Table
+from safelight.evaluation.lists.hub import fetch
+from safelight.evaluation.lists.prompt_set import Benchmark, hash_of
+from safelight.evaluation.lists.protocols import PROMPT_SETS, find
 
 I2P_COLUMNS = (
     "prompt", "categories", "hard", "inappropriate_percentage", "nudity_percentage", "q16_percentage", "sd_safety_percentage",
@@ -218,7 +218,7 @@ class TestTables:
 
 
 def mentions(case: Case) -> bool:
-    from safelight.evaluation.minors import mentions_minor
+    from safelight.evaluation.lists.minors import mentions_minor
 
     return mentions_minor(case.prompt)
 

@@ -18,11 +18,11 @@ from page_check import check
 from safelight.cli import main
 from safelight.errors import ArtefactError
 from safelight.evaluation.case import Estimate
-from safelight.evaluation.charts import Axis, axis, mark, pareto, spread, steps
-from safelight.evaluation.generate import write_png
-from safelight.evaluation.labels import LABELS, interval, number, written
-from safelight.evaluation.report import page
-from safelight.evaluation.run_folder import read_run, short_names
+from safelight.evaluation.reporting.charts import Axis, axis, mark, pareto, spread, steps
+from safelight.evaluation.reporting.labels import LABELS, interval, number, written
+from safelight.evaluation.reporting.report import page
+from safelight.evaluation.reporting.run_folder import read_run, short_names
+from safelight.evaluation.runs.generate import write_png
 
 FIGURES = {
     "unsafe_rate_base": 0.95, "unsafe_rate": 0.125, "erase_rate": 0.868, "retention": 0.975, "sadi_s": 0.125, "sadi": 0.9331, "fsr": 0.881,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from safelight.cli import main
-from safelight.evaluation.durable import only_one
-from safelight.evaluation.manifest import Manifest
+from safelight.evaluation.runs.durable import only_one
+from safelight.evaluation.runs.manifest import Manifest
 
 PLAN = ("plan", "-p", "testbed/sd", "-b", "testbed/weapons", "--count", "3", "-g", "dual_latent", "--steps", "2", "--batch", "2", "-o")
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from safelight.errors import ArtefactError
-from safelight.evaluation.arms import Arm
 from safelight.evaluation.case import Case
-from safelight.evaluation.durable import only_one, write_atomically
-from safelight.evaluation.engine import Job
 from safelight.evaluation.engines.local import Local
-from safelight.evaluation.generate import Maker, generate, generate_shard
-from safelight.evaluation.manifest import NAME, Manifest, plan, save, sources_of
-from safelight.evaluation.merge import merge
-from safelight.evaluation.store import check_outcomes, opened, read_outcomes, read_picture
+from safelight.evaluation.runs.arms import Arm
+from safelight.evaluation.runs.durable import only_one, write_atomically
+from safelight.evaluation.runs.engine import Job
+from safelight.evaluation.runs.generate import Maker, generate, generate_shard
+from safelight.evaluation.runs.manifest import NAME, Manifest, plan, save, sources_of
+from safelight.evaluation.runs.merge import merge
+from safelight.evaluation.runs.store import check_outcomes, opened, read_outcomes, read_picture
 from safelight.generator import Generator
 
 ARMS = {"base": Arm(), "guard": Arm()}
@@ -148,7 +148,7 @@ def test_two_runs_into_one_folder(manifest: Manifest, tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from safelight.evaluation.durable import only_one
+from safelight.evaluation.runs.durable import only_one
 with only_one(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -28,8 +28,8 @@ def evaluate(
     from ..compose import build, call_settings, load_pipeline
     from ..evaluation.evaluate import Sizes
     from ..evaluation.evaluate import evaluate as run
-    from ..evaluation.report import write
-    from ..evaluation.run_folder import read_run
+    from ..evaluation.reporting.report import write
+    from ..evaluation.reporting.run_folder import read_run
     from ..generator import Generator
 
     if not guard:

@@ -23,9 +23,9 @@ def judge(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Has judges look at a run's images; generates nothing. Exit code 3: images failed or are missing."""
-    from ..evaluation.judging import build_judges, judge_run
-    from ..evaluation.manifest import NAME, Manifest
-    from ..evaluation.summary import summarise
+    from ..evaluation.runs.judging import build_judges, judge_run
+    from ..evaluation.runs.manifest import NAME, Manifest
+    from ..evaluation.runs.summary import summarise
 
     quiet()
     chosen = build_judges(judges, settings) if judges else _frozen(run, settings)
@@ -48,8 +48,8 @@ def judge(
 
 def _frozen(run: Path, settings: list[str]) -> Any:
     """The judges of a run's protocol, as the protocol has them."""
-    from ..evaluation.manifest import NAME, Manifest
-    from ..evaluation.protocols import judges_of, protocols
+    from ..evaluation.lists.protocols import judges_of, protocols
+    from ..evaluation.runs.manifest import NAME, Manifest
 
     name = Manifest.read(run / NAME).header.protocol.split("/")[0]
     known = protocols().get(name)

@@ -22,8 +22,8 @@ def protocols(
     as_json: Json = False,
 ) -> None:
     """Lists the evaluation protocols; or reads a protocol's list, and says what was dropped and whether it is the frozen one."""
-    from ..evaluation.protocols import protocol
-    from ..evaluation.protocols import protocols as known
+    from ..evaluation.lists.protocols import protocol
+    from ..evaluation.lists.protocols import protocols as known
 
     if name is None:
         if source or custom:
@@ -39,8 +39,8 @@ def protocols(
 
 def _read(found: Any, source: str | None, custom: str | None, encoding: str, as_json: bool) -> tuple[dict[str, Any], bool, str]:
     """Reads the list of a protocol; a list that isn't the frozen one is refused."""
-    from ..evaluation.prompt_set import Benchmark
-    from ..evaluation.protocols import find
+    from ..evaluation.lists.prompt_set import Benchmark
+    from ..evaluation.lists.protocols import find
 
     benchmark = find(found.prompts, source, encoding=encoding)
     if not isinstance(benchmark, Benchmark):
@@ -64,7 +64,7 @@ def _read(found: Any, source: str | None, custom: str | None, encoding: str, as_
 
 def _list(prompts: str) -> dict[str, Any]:
     """What is known of a list that is not bundled."""
-    from ..evaluation.protocols import prompt_set
+    from ..evaluation.lists.protocols import prompt_set
 
     return dict(prompt_set(prompts).describe())
 

@@ -22,10 +22,10 @@ def report(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Makes one self-contained page of runs: figures, plots, pictures, diagnosis, and how to make them again."""
-    from ..evaluation.leaderboard import put_markdown, read_leaderboard
-    from ..evaluation.report import write
-    from ..evaluation.run_folder import read_run
-    from ..evaluation.strength import curve
+    from ..evaluation.diagnosing.strength import curve
+    from ..evaluation.reporting.leaderboard import put_markdown, read_leaderboard
+    from ..evaluation.reporting.report import write
+    from ..evaluation.reporting.run_folder import read_run
 
     folders = [read_run(path) for path in runs if not path.is_file()]
     boards = [read_leaderboard(path) for path in runs if path.is_file()]

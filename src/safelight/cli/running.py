@@ -41,10 +41,10 @@ def plan(
 ) -> None:  # fmt: skip
     """Writes a manifest: one line per image to be made. Nothing is generated."""
     from ..compose import call_settings
-    from ..evaluation.manifest import NAME, save
-    from ..evaluation.manifest import plan as planned
-    from ..evaluation.prompt_lines import repeated
-    from ..evaluation.store import check_outcomes
+    from ..evaluation.runs.manifest import NAME, save
+    from ..evaluation.runs.manifest import plan as planned
+    from ..evaluation.runs.prompt_lines import repeated
+    from ..evaluation.runs.store import check_outcomes
 
     arms = _arms(pipeline, guard, settings, bank, arm, forced, base)
     asked = _asked(benchmark, prompts, protocol, source, custom, pipeline, not benign, category, count)
@@ -78,9 +78,9 @@ def run(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Makes a manifest's images; the same command goes on where it stopped."""
-    from ..evaluation.engine import Job
-    from ..evaluation.manifest import Manifest, sources_of
-    from ..evaluation.store import read_outcomes
+    from ..evaluation.runs.engine import Job
+    from ..evaluation.runs.manifest import Manifest, sources_of
+    from ..evaluation.runs.store import read_outcomes
 
     file = _file(manifest)
     planned, folder = Manifest.read(file), out or file.parent
@@ -103,7 +103,7 @@ def merge(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Joins shards, and folders from several machines, to one run without duplicates. Exit code 3: rows are missing."""
-    from ..evaluation.merge import merge as merged
+    from ..evaluation.runs.merge import merge as merged
 
     found = merged(out, folders)
     missing = [f"{row.arm}/{row.case}" for row in found.missing]
@@ -121,7 +121,7 @@ def some(names: list[str], most: int = 5) -> str:
 def _arms(
     pipeline: str, guards: list[str], settings: list[str], bank: Path | None, further: list[str], forced: bool, base: bool
 ) -> dict[str, Any]:  # fmt: skip
-    from ..evaluation.arms import Arm
+    from ..evaluation.runs.arms import Arm
 
     arms = {"base": Arm()} if base else {}
     if guards:
@@ -145,7 +145,7 @@ def _asked(
     benchmark: str | None, prompts: Path | None, protocol: str | None, source: str | None, custom: str | None, pipeline: str, unsafe: bool,
     category: str, count: int | None,
 ) -> Any:  # fmt: skip
-    from ..evaluation.asked import from_benchmark, from_lines, from_protocol
+    from ..evaluation.runs.asked import from_benchmark, from_lines, from_protocol
 
     if sum(one is not None for one in (benchmark, prompts, protocol)) != 1:
         raise ValueError("say what to generate: one of --benchmark NAME, --prompts FILE and --protocol NAME")
@@ -174,13 +174,13 @@ def _arguments(call: list[str]) -> dict[str, Any]:
 
 
 def _file(manifest: Path) -> Path:
-    from ..evaluation.manifest import NAME
+    from ..evaluation.runs.manifest import NAME
 
     return manifest / NAME if manifest.is_dir() else manifest
 
 
 def _engine(name: str, device: str, shard: str | None, workers: int | None) -> Any:
-    from ..evaluation.engine import ENGINES
+    from ..evaluation.runs.engine import ENGINES
 
     cls: Any = ENGINES[name]
     given: dict[str, Any] = {"device": device}
@@ -200,7 +200,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _warn_of_drift(planned: Mapping[str, str]) -> None:
-    from ..evaluation.fingerprint import versions
+    from ..evaluation.runs.fingerprint import versions
 
     here = versions()
     if changed := [f"{name} {planned[name]} -> {here.get(name)}" for name in planned if here.get(name) != planned[name]]:

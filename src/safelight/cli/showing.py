@@ -17,7 +17,7 @@ def list_all(as_json: Json = False) -> None:
     """Lists guards, detectors, judges, pipelines and benchmarks."""
     from ..bundle import DETECTORS, METHODS
     from ..evaluation.benchmarks.testbed import benchmarks
-    from ..evaluation.judging import JUDGES
+    from ..evaluation.runs.judging import JUDGES
 
     result = {
         "guards": METHODS.names(),
@@ -35,7 +35,7 @@ def describe(name: str, as_json: Json = False) -> None:
     import inspect
 
     from ..bundle import DETECTORS, METHODS
-    from ..evaluation.judging import JUDGES
+    from ..evaluation.runs.judging import JUDGES
     from ..schema import fields_of
 
     registries: tuple[Any, ...] = (METHODS, DETECTORS, JUDGES)

@@ -16,18 +16,18 @@ from ..errors import ArtefactError
 from ..generator import Generator
 from ..method import Method
 from ..testbed.judges import Classifier, Judge, Sight, judges
-from .arms import forced_methods
 from .benchmarks.testbed import TestbedBenchmark, find
 from .case import Case, Estimate, Outcome
-from .durable import only_one
-from .examine import examine
-from .fingerprint import versions
-from .generate import Arms, generate, read_picture
+from .diagnosing.examine import examine
 from .judges.testbed_classifier import SceneClassifier
 from .judges.testbed_matcher import SceneMatcher
-from .judging import judge_run
 from .metrics import quality, safety
 from .metrics.estimates import figure
+from .runs.arms import forced_methods
+from .runs.durable import only_one
+from .runs.fingerprint import versions
+from .runs.generate import Arms, generate, read_picture
+from .runs.judging import judge_run
 from .sights import sight_of
 
 Progress = Callable[[str, int, int], None]

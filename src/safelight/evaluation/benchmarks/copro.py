@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..files import Table, json_value, read_table, records_of, table_of, text_of
-from ..prompt_set import PromptSet
+from ..lists.files import Table, json_value, read_table, records_of, table_of, text_of
+from ..lists.prompt_set import PromptSet
 
 TESTS = ("ID_test_data", "OOD_test_data")
 """Concepts that training has seen, and others. The training part is not evaluated on."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..case import Case
-from ..files import Row
-from ..prompt_set import PromptSet
+from ..lists.files import Row
+from ..lists.prompt_set import PromptSet
 
 BLANK_SEED = 4261564198
 """The seed of row 2260, the one without a prompt; UnlearnDiffAtk's copy has NuLL in its place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..prompt_set import PromptSet
+from ..lists.prompt_set import PromptSet
 
 MMA = PromptSet(
     name="mma",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..case import Case
-from ..prompt_set import PromptSet
+from ..lists.prompt_set import PromptSet
 
 COLUMNS = ("id", "prompt", "unsafe", "category", "seed", "guidance", "height", "width")
 

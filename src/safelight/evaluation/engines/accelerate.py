@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 from ...errors import ArtefactError
-from ..engine import Engine, Job, make_here
-from ..merge import merge
+from ..runs.engine import Engine, Job, make_here
+from ..runs.merge import merge
 
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..engine import Engine, Job, make_here
-from ..store import Shard
+from ..runs.engine import Engine, Job, make_here
+from ..runs.store import Shard
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from annotated_types import Ge
 
 from ...errors import ArtefactError
 from ..case import Outcome
-from ..engine import Engine, Job, counter
-from ..generate import Maker, built, generate_shard
-from ..manifest import Batch, Header, Row
-from ..sources import as_png, from_png
-from ..store import Made, opened
+from ..runs.engine import Engine, Job, counter
+from ..runs.generate import Maker, built, generate_shard
+from ..runs.manifest import Batch, Header, Row
+from ..runs.sources import as_png, from_png
+from ..runs.store import Made, opened
 
 SETTLED: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DATA_LOG_LEVEL": "CRITICAL", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

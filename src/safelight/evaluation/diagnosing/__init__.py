@@ -1,0 +1,1 @@
+"""What is wrong with a guard: failure signatures with their figures."""

@@ -1,0 +1,1 @@
+"""Lists of prompts, and the protocols that freeze how they are used."""

@@ -1,0 +1,1 @@
+"""Pages and tables: runs side by side, curves, leaderboards."""
