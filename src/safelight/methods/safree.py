@@ -149,7 +149,7 @@ class SAFREE(Method):
         for space, own, whole in zip(toxic[: len(spans)], inputs, self._vectors(wording), strict=False):
             distances = out_of(space, own).norm(dim=-1)
             triggers |= set(
-                standing_out(distances, self.alpha, float(out_of(space, whole).norm(dim=-1).mean())).nonzero().flatten().tolist()
+                standing_out(distances, self.alpha, float(out_of(space, whole).norm(dim=-1).mean().detach())).nonzero().flatten().tolist()
             )
         if not triggers:
             return None
@@ -173,7 +173,7 @@ class SAFREE(Method):
             pairs.append((own.flatten(), out_of(toxic, onto(inputs, own)).flatten()))
         own, led = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         likeness = cosine_similarity(own, led, dim=0)
-        return round(self.gamma * float(torch.sigmoid(1 - likeness)))
+        return round(self.gamma * float(torch.sigmoid(1 - likeness).detach()))
 
     def _vectors(self, texts: Sequence[str]) -> list[Tensor]:
         """One vector per text [texts, width] in the space of each encoder's tokens, their mean; at last the pooled ones, if there are any."""
