@@ -21,7 +21,7 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's base class of error
 
 def main() -> None:
     """Runs a command; errors that name a cause and a remedy are shown without a traceback."""
-    from . import analysing, artefacts, dictionaries, evaluating, generating, showing, testbed, training  # noqa: F401  (each registers its commands)
+    from . import analysing, artefacts, attacking, dictionaries, evaluating, generating, showing, testbed, training  # noqa: F401  (each registers its commands)
 
     with early_quiet():
         try:

@@ -14,13 +14,15 @@ from .generating import Json
 
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
-    """Lists guards, detectors, pipelines and benchmarks."""
+    """Lists guards, detectors, attacks, pipelines and benchmarks."""
     from ..bundle import DETECTORS, METHODS
+    from ..evaluation.attack import ATTACKS
     from ..evaluation.benchmarks.testbed import benchmarks
 
     result = {
         "guards": METHODS.names(),
         "detectors": DETECTORS.names(),
+        "attacks": ATTACKS.names(),
         "pipelines": ["testbed/sd", "testbed/sd3", "testbed/flux", "testbed/kontext"],
         "benchmarks": [one.name for one in benchmarks()],
     }
@@ -29,15 +31,15 @@ def list_all(as_json: Json = False) -> None:
 
 @app.command()
 def describe(name: str, as_json: Json = False) -> None:
-    """Says what a guard or detector does, and what can be set."""
+    """Says what a guard, detector or attack does, and what can be set."""
     import inspect
 
     from ..bundle import DETECTORS, METHODS
+    from ..evaluation.attack import ATTACKS
     from ..schema import fields_of
 
-    registry: Any = METHODS if name in METHODS.names() else DETECTORS
-    if name not in registry.names():
-        registry = METHODS  # its error names the nearest guards
+    registries: tuple[Any, ...] = (METHODS, DETECTORS, ATTACKS)
+    registry: Any = next((one for one in registries if name in one.names()), METHODS)  # whose error names the nearest guards
     cls = registry[name]
     fields = fields_of(cls)
     result = {"name": name, "doc": inspect.cleandoc(cls.__doc__ or ""), "fields": [_field(field) for field in fields]}

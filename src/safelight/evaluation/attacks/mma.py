@@ -16,7 +16,7 @@ from ...method import Method
 from ..attack import Attack, Attempt, Progress, Success
 from ..case import Case
 from ..trials import Trials
-from ..white_box.search import Hunt, WordSearch
+from ..white_box.search import Hunt, WordSearch, Worth
 from ..white_box.soft import SoftTokens
 from ..white_box.words import Template, TextEncoder, Words
 
@@ -87,19 +87,20 @@ class _Likeness:
         with torch.no_grad():
             self.goals = [pooled(encoder, originals) for encoder in words.encoders]
 
-    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        """Less is better, [prompts]."""
+    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Worth:
+        """What they are worth."""
         with torch.no_grad():
             parts = [self._value(owners[i : i + TOGETHER], prompts[i : i + TOGETHER]) for i in range(0, len(prompts), TOGETHER)]
-        return torch.cat(parts)
+        value = torch.cat(parts)
+        return Worth(value, value)
 
-    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Worth, Tensor]:
         """The same, and by how much each word would change it, [prompts, slots, words]."""
         soft = SoftTokens(self.words.encoders, templates, prompts)
         with torch.enable_grad(), soft.added():
             value = self._value(owners, prompts)
             deltas = torch.autograd.grad(value.sum(), soft.deltas)
-        return value.detach(), self.words.gradients(deltas)[soft.first_of_equals()]
+        return Worth(value.detach(), value.detach()), self.words.gradients(deltas)[soft.first_of_equals()]
 
     def alarms(self, owners: Sequence[int], prompts: Sequence[str]) -> None:
         """The guard isn't looked at."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -37,7 +37,7 @@ class SoftTokens:
                         stack.callback(module.register_forward_hook(self._hook(index)).remove)
             yield
 
-    def _hook(self, index: int):  # noqa: ANN202
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows, owners = self._met(arguments[0].detach().cpu(), self._ids[index], self._places[index])
             if not rows:
