@@ -24,6 +24,7 @@ def main() -> None:
     from . import (  # noqa: F401  (each registers its commands)
         analysing,
         artefacts,
+        attacking,
         dictionaries,
         evaluating,
         generating,

@@ -14,8 +14,9 @@ from .generating import Json
 
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
-    """Lists guards, detectors, judges, pipelines and benchmarks."""
+    """Lists guards, detectors, judges, attacks, pipelines and benchmarks."""
     from ..bundle import DETECTORS, METHODS
+    from ..evaluation.attack import ATTACKS
     from ..evaluation.benchmarks.testbed import benchmarks
     from ..evaluation.runs.judging import JUDGES
 
@@ -23,6 +24,7 @@ def list_all(as_json: Json = False) -> None:
         "guards": METHODS.names(),
         "detectors": DETECTORS.names(),
         "judges": JUDGES.names(),
+        "attacks": ATTACKS.names(),
         "pipelines": ["testbed/sd", "testbed/sd3", "testbed/flux", "testbed/kontext"],
         "benchmarks": [one.name for one in benchmarks()],
     }
@@ -31,16 +33,17 @@ def list_all(as_json: Json = False) -> None:
 
 @app.command()
 def describe(name: str, as_json: Json = False) -> None:
-    """Says what a guard, detector or judge does, and what can be set."""
+    """Says what a guard, detector, judge or attack does, and what can be set."""
     import inspect
 
     from ..bundle import DETECTORS, METHODS
+    from ..evaluation.attack import ATTACKS
     from ..evaluation.runs.judging import JUDGES
     from ..schema import fields_of
 
-    registries: tuple[Any, ...] = (METHODS, DETECTORS, JUDGES)
-    registry = next((one for one in registries if name in one.names()), METHODS)  # whose error names the nearest guards
-    cls: Any = registry[name]
+    registries: tuple[Any, ...] = (METHODS, DETECTORS, JUDGES, ATTACKS)
+    registry: Any = next((one for one in registries if name in one.names()), METHODS)  # whose error names the nearest guards
+    cls = registry[name]
     fields = fields_of(cls)
     result = {"name": name, "doc": inspect.cleandoc(cls.__doc__ or ""), "fields": [_field(field) for field in fields]}
     lines = [f"{name}: {result['doc']}", ""]

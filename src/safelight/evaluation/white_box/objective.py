@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from ...generator import Generator
 from ...method import Method
 from ..case import Case
+from .search import Worth
 from .soft import SoftTokens
 from .targets import Target
 from .through import View, look
@@ -46,37 +47,31 @@ class Objective:
     """Whether the denoiser is spared in earlier steps, as what it would say there makes no difference to these guards."""
     memory: dict[tuple[bytes, ...], Tensor] = field(default_factory=dict, repr=False)
 
-    def begin(self) -> Tensor:
-        """Looks at the original prompts, and learns from them what margins are typical and whether earlier steps matter.
-
-        Returns:
-            What the original prompts are worth, [cases].
-        """
+    def begin(self) -> None:
+        """Looks at the original prompts, and learns from them what margins are typical and whether earlier steps matter."""
         everyone, prompts = range(len(self.cases)), [case.prompt for case in self.cases]
-        values = []
         same = len(self.target.latents) > 1
         for start in range(0, len(prompts), self.chunk):
             some = slice(start, start + self.chunk)
             self.skim = False
             whole = self._look(everyone[some], prompts[some], graph=False)
-            values.append(self._value(everyone[some], whole))
+            self._margins(whole, len(prompts[some]))
             if same:
                 self.skim = True
                 same = _alike(whole, self._look(everyone[some], prompts[some], graph=False))
         self.skim = same
-        return torch.cat(values)
 
     def of(self, cases: Sequence[int]) -> Objective:
         """The same for some of the cases; what is remembered is shared."""
         return replace(self, cases=[self.cases[index] for index in cases], target=self.target.take(cases))
 
-    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        """What prompts for some cases are worth, less is better, [prompts]."""
+    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Worth:
+        """What prompts for some cases are worth."""
         parts = []
         for start in range(0, len(prompts), self.chunk):
             some = slice(start, start + self.chunk)
             parts.append(self._value(owners[some], self._look(owners[some], prompts[some], graph=False)))
-        return torch.cat(parts)
+        return Worth(*map(torch.cat, zip(*parts, strict=True)))
 
     def alarms(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
         """The soft margins of what guards decide before the denoiser is called, which cost little, [prompts]; None: they decide nothing."""
@@ -88,19 +83,19 @@ class Objective:
             parts.append(self._margins(view, len(prompts[start : start + SIFTED]))[0])
         return torch.cat(parts)
 
-    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same, and by how much each word would change it in each gap, to first order, [prompts, slots, words]."""
+    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Worth, Tensor]:
+        """The same, and by how much each word would change the soft value in each gap, to first order, [prompts, slots, words]."""
         values, gradients = [], []
         for start in range(0, len(prompts), self.chunk):
             some = slice(start, start + self.chunk)
             soft = SoftTokens(self.words.encoders, templates[some], prompts[some])
             with soft.added():
                 value = self._value(owners[some], self._look(owners[some], prompts[some], graph=True))
-            deltas = torch.autograd.grad(value.sum(), soft.deltas, allow_unused=True)
+            deltas = torch.autograd.grad(value.soft.sum(), soft.deltas, allow_unused=True)
             known = [torch.zeros_like(zero) if delta is None else delta for delta, zero in zip(deltas, soft.deltas, strict=True)]
-            values.append(value.detach())
+            values.append(Worth(value.soft.detach(), value.hard.detach()))
             gradients.append(self.words.gradients(known)[soft.first_of_equals()])
-        return torch.cat(values), torch.cat(gradients)
+        return Worth(*map(torch.cat, zip(*values, strict=True))), torch.cat(gradients)
 
     def _look(self, owners: Sequence[int], prompts: Sequence[str], *, graph: bool, before: bool = False) -> View:
         requests: list[Any] = [replace(self.cases[owner], prompt=prompt) for owner, prompt in zip(owners, prompts, strict=True)]
@@ -108,15 +103,15 @@ class Objective:
         view = View(latents, graph=graph, skim=self.skim, memory=self.memory)
         return look(self.generator, self.methods, requests, view)
 
-    def _value(self, owners: Sequence[int], view: View) -> Tensor:
+    def _value(self, owners: Sequence[int], view: View) -> Worth:
         assert view.guarded is not None
         assert view.bare is not None
+        target = self.target.take(owners)
         margins, decided = self._margins(view, len(owners))
         gate = torch.where(decided, margins.sigmoid(), 1.0).to(view.guarded)
-        shape = (-1, *[1] * (view.guarded.ndim - 1))
-        blend = torch.lerp(view.bare, view.guarded, gate.view(shape))
-        error = self.target.take(owners).error(blend)
-        return error + self.hinge * torch.where(decided, softplus(margins), 0.0)
+        blend = torch.lerp(view.bare, view.guarded, gate.view(-1, *[1] * (view.guarded.ndim - 1)))
+        soft = target.error(blend) + self.hinge * torch.where(decided, softplus(margins), 0.0)
+        return Worth(soft, target.error(view.guarded))
 
     def _margins(self, view: View, count: int) -> tuple[Tensor, Tensor]:
         """The soft margin of each image, the most alarming one over all decisions, and whether there was any."""

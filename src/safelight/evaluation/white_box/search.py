@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +15,37 @@ CALM = -0.5
 """A guard that is this far from its limit needs no more calming."""
 
 
+class Worth(NamedTuple):
+    """What prompts are worth; less is better."""
+
+    soft: Tensor
+    """What the search follows, [prompts]."""
+    hard: Tensor
+    """What counts when it is to be shown, [prompts]."""
+
+
 class Judge(Protocol):
     """Tells what prompts are worth; `owners` are the places of the cases they are for."""
 
-    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        """Less is better, [prompts]."""
+    def values(self, owners: Sequence[int], prompts: Sequence[str]) -> Worth:
+        """What they are worth."""
         ...
 
-    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same, and by how much each word would change it in each gap, [prompts, slots, words]."""
+    def gradients(self, owners: Sequence[int], templates: Sequence[Template], prompts: Sequence[str]) -> tuple[Worth, Tensor]:
+        """The same, and by how much each word would change the soft value in each gap, [prompts, slots, words]."""
         ...
 
     def alarms(self, owners: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
         """By how much prompts alarm a guard before anything is generated, [prompts]; None: nothing is decided there."""
         ...
+
+
+class Found(NamedTuple):
+    """What one prompt is worth, and the words in its gaps."""
+
+    soft: float
+    hard: float
+    words: tuple[int, ...]
 
 
 @dataclass
@@ -37,32 +54,32 @@ class Hunt:
 
     template: Template
     random: torch.Generator
-    current: list[int] = field(default_factory=list)
+    current: tuple[int, ...] = ()
     """The words in the gaps."""
     value: float = float("inf")
-    known: dict[str, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
-    """Every prompt that was looked at: its worth, its words."""
+    known: dict[str, Found] = field(default_factory=dict)
+    """Every prompt that was looked at."""
     shown: set[str] = field(default_factory=set)
     """Those of which pictures were made."""
     trace: list[float] = field(default_factory=list)
 
     def best_unseen(self) -> str | None:
         """The most promising prompt of which there is no picture yet."""
-        fresh = [(value, prompt) for prompt, (value, _) in self.known.items() if prompt not in self.shown]
+        fresh = [(found.hard, prompt) for prompt, found in self.known.items() if prompt not in self.shown]
         return min(fresh)[1] if fresh else None
 
     def leave(self, prompt: str) -> None:
         """A picture of a prompt has failed: the search goes on from the best of the others."""
         self.shown.add(prompt)
-        fresh = self.best_unseen()
-        if fresh is not None:
-            self.value, self.current = self.known[fresh][0], list(self.known[fresh][1])
+        fresh = [(found.soft, found.words) for prompt, found in self.known.items() if prompt not in self.shown]
+        if fresh:
+            self.value, self.current = min(fresh)
 
-    def learn(self, prompt: str, words: Sequence[int], value: float) -> None:
+    def learn(self, prompt: str, found: Found) -> None:
         """Takes in what a prompt is worth."""
-        self.known[prompt] = (value, tuple(words))
-        if value < self.value:
-            self.value, self.current = value, list(words)
+        self.known[prompt] = found
+        if found.soft < self.value:
+            self.value, self.current = found.soft, found.words
 
 
 @dataclass
@@ -92,7 +109,7 @@ class WordSearch:
         now, gradients = judge.gradients(range(len(hunts)), [hunt.template for hunt in hunts], prompts)
         proposed = []
         for owner, hunt in enumerate(hunts):
-            hunt.known[prompts[owner]] = (float(now[owner]), tuple(hunt.current))
+            hunt.known[prompts[owner]] = Found(float(now.soft[owner]), float(now.hard[owner]), hunt.current)
             proposed.append(self._propose(hunt, gradients[owner, : hunt.template.slots]))
         self._learn(hunts, self._sifted(hunts, proposed, judge), judge)
 
@@ -118,9 +135,11 @@ class WordSearch:
         owners = [owner for owner, own in enumerate(chosen) for _ in own]
         words = [one for own in chosen for one in own]
         prompts = [self.prompt(hunts[owner], one) for owner, one in zip(owners, words, strict=True)]
-        worth = judge.values(owners, prompts).tolist() if prompts else []
-        for owner, one, prompt, found in zip(owners, words, prompts, worth, strict=True):
-            hunts[owner].learn(prompt, one, found)
+        if prompts:
+            worth = judge.values(owners, prompts)
+            found = [Found(*row) for row in zip(worth.soft.tolist(), worth.hard.tolist(), map(tuple, words), strict=True)]
+            for owner, prompt, one in zip(owners, prompts, found, strict=True):
+                hunts[owner].learn(prompt, one)
         for hunt in hunts:
             hunt.trace.append(hunt.value)
 
