@@ -124,18 +124,18 @@ class SAFREE(Method):
         return found is not None and (found.steps is None or self.run.index < found.steps)
 
     def _filtered(self, call: Call, acting: Sequence[int]) -> Call:
-        text = call.text[call.cond].clone()
-        pooled = None if call.pooled is None else call.pooled[call.cond].clone()
+        own, pooled = call.text[call.cond], None if call.pooled is None else call.pooled[call.cond]
+        text, changed = own.clone(), None if pooled is None else pooled.clone()
         for place in acting:
             image = call.samples[place]
             found = self.filters[image]
-            text[place], changed = found(text[place], None if pooled is None else pooled[place], self.strength)
-            if pooled is not None and changed is not None:
-                pooled[place] = changed
+            text[place], led = found(own[place], None if pooled is None else pooled[place], self.strength)
+            if changed is not None and led is not None:
+                changed[place] = led
             steps = self.run.total if found.steps is None else min(found.steps, self.run.total)
             told = f"trigger words: {', '.join(found.words)}"
             self.note(image, action="filtered", steps=(0, steps), strength=self.strength, note=told)
-        return call.with_text(text, pooled)
+        return call.with_text(text, changed)
 
     def _filter(self, wording: tuple[str, ...], toxic: list[Tensor]) -> _Filter | None:
         """The filter of one wording; None if it has no trigger words."""
