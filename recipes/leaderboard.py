@@ -42,7 +42,7 @@ from safelight.evaluation.success import testbed_success
 from safelight.generator import Generator
 from safelight.method import Method
 from safelight.testbed.judges import Classifier, Sight, judges
-from safelight.testbed.world import DOMAINS, TWINS
+from safelight.testbed.world import DOMAINS, SAFE, TWINS, article
 from safelight.training.uce import edit_concepts
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +92,9 @@ class Bench:
 
     @cached_property
     def edited(self) -> Any:
-        """The pipeline that unlearned the concept (U-Nets)."""
-        kept = [name for name in TWINS.values()]
-        return edit_concepts(self.pipe, {name: TWINS[name] for name in DOMAINS[CONCEPT]}, preserve=kept)
+        """The pipeline that unlearned the concept (U-Nets): each object is taken for its harmless twin, and all safe ones are preserved."""
+        edits = {article(name): article(TWINS[name]) for name in DOMAINS[CONCEPT]}
+        return edit_concepts(self.pipe, edits, preserve=[article(name) for name in SAFE])
 
     @cached_property
     def judges(self) -> tuple[Classifier, Any]:
