@@ -11,7 +11,7 @@ test: $(STAMP)  ## lint, types, import contracts, tests
 	$(BIN)/ruff format --check src tests recipes examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 seams: $(STAMP)  ## the conformance tests against the oldest supported diffusers
 	$(PYTHON) -m venv .venv-oldest
