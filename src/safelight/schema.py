@@ -60,7 +60,7 @@ class Field:
             return value
         if self.kind == "artefact":
             raise ValueError(f"{self.name} is an artefact and can't be given as text; load a bundle, or set it in Python")
-        value = tuple(part.strip() for part in text.split(",") if part.strip()) if self.kind == "texts" else text
+        value = tuple(part.strip() for part in text.split(",")) if self.kind == "texts" else text
         self.check(value)
         return value
 
