@@ -141,7 +141,10 @@ class RingABell(Attack):
 def embed(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
     """Token embeddings of an encoder's last layer, [prompts, tokens, width]."""
     device = encoder.table.device
-    parts = [encoder.net(encoder.ids(prompts[i : i + TOGETHER]).to(device))[0].float().cpu() for i in range(0, len(prompts), TOGETHER)]
+    parts = [
+        encoder.net(encoder.ids(prompts[i : i + TOGETHER]).to(device)).last_hidden_state.float().cpu()
+        for i in range(0, len(prompts), TOGETHER)
+    ]
     return torch.cat(parts)
 
 
