@@ -200,7 +200,7 @@ class SafeRedir(Method):
             ways = [(aim.pooled[0][0], aim.pooled[1][0] ** float(self.adaptive)) for aim in aims if aim.pooled is not None]
             pooled, _ = redirect(pooled, ways, self.alpha_scale)
         prompt.moved = text, pooled
-        self._note_action(image, self.alpha_scale * float(used.max()))
+        self._note_action(image, self.alpha_scale * float(used.detach().max()))
 
     def _strength(self, aim: Aim) -> Tensor:
         """α m / max m, as far as they are in use, [rows, tokens, 1].

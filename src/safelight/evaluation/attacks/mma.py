@@ -121,7 +121,7 @@ def pooled(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
         return own.float()  # type: ignore[no-any-return]
     padding = encoder.tokenizer.pad_token_id
     inside = (ids != padding)[..., None] if padding is not None else torch.ones_like(ids, dtype=torch.bool)[..., None]
-    return (output[0].float() * inside).sum(dim=1) / inside.sum(dim=1)  # type: ignore[no-any-return]
+    return (output.last_hidden_state.float() * inside).sum(dim=1) / inside.sum(dim=1)  # type: ignore[no-any-return]
 
 
 def _sensitive() -> tuple[str, ...]:
