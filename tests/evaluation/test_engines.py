@@ -19,7 +19,7 @@ import pytest
 from safelight.errors import ArtefactError
 from safelight.evaluation.benchmarks.testbed import find
 from safelight.evaluation.engines.local import Local
-from safelight.evaluation.engines.ray import Ray, Worker, cluster, pack, received, unpack
+from safelight.evaluation.engines.ray import Ray, Worker, cluster, pack, received, start, unpack
 from safelight.evaluation.runs.arms import Arm
 from safelight.evaluation.runs.engine import ENGINES, Job
 from safelight.evaluation.runs.manifest import NAME, Manifest, plan, save, sources_of
@@ -109,6 +109,33 @@ def test_a_workers_error_arrives_as_it_was_told(tmp_path: Path) -> None:
     assert row["error"].startswith("ArtefactError: testbed/sdxl is not what it was when the manifest was planned")
     with pytest.raises(RuntimeError, match="a worker failed: ArtefactError: testbed/sdxl is not what it was"):
         received(row)
+
+
+class Busy:
+    """Stands in for Ray on a machine on which it does not start at once."""
+
+    def __init__(self, *failures: BaseException) -> None:
+        self.failures, self.asked = list(failures), 0
+
+    def init(self, **options: Any) -> None:
+        self.asked += 1
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def shutdown(self) -> None: ...
+
+
+def test_ray_is_given_several_chances_to_start() -> None:
+    slow = Exception("The current node timed out during startup")
+    patient = Busy(slow, SystemExit(1))
+    start(patient, {"address": "local"})
+    assert patient.asked == 3
+    with pytest.raises(RuntimeError, match=r"Ray does not start .*timed out.* busy"):
+        start(Busy(*[slow] * 9), {"address": "local"})
+    away = Busy(ConnectionError("no"))
+    with pytest.raises(ArtefactError, match=r"no Ray cluster at 10.0.0.7:6379 answers; .* unset RAY_ADDRESS"):
+        start(away, {"address": "10.0.0.7:6379"})
+    assert away.asked == 1
 
 
 @pytest.fixture(scope="module")

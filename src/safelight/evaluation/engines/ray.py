@@ -148,15 +148,20 @@ def cluster(workers: int) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    _start(ray, {"address": address} if address else {"address": "local", "num_cpus": workers + 1, "include_dashboard": False})
+    start(ray, {"address": address} if address else {"address": "local", "num_cpus": workers + 1, "include_dashboard": False})
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _start(ray: Any, where: Mapping[str, Any]) -> None:
-    """Connects; a Ray of our own is given several chances, as it gives up after a few seconds on a busy machine."""
+def start(ray: Any, where: Mapping[str, Any]) -> None:
+    """Connects; a Ray of our own is given several chances, as it gives up after a few seconds on a busy machine.
+
+    Raises:
+        ArtefactError: if there is no cluster at that address.
+        RuntimeError: if Ray does not start.
+    """
     for left in reversed(range(ATTEMPTS if where["address"] == "local" else 1)):
         try:
             ray.init(**where, log_to_driver=False, logging_level="ERROR", configure_logging=True)
@@ -166,7 +171,7 @@ def _start(ray: Any, where: Mapping[str, Any]) -> None:
                 f"no Ray cluster at {where['address']} answers; start one with `ray start --head`, set RAY_AUTH_MODE=token if it asks for a "
                 "token, or unset RAY_ADDRESS to use this machine"
             ) from error
-        except Exception as error:  # Ray raises no narrower kind when its processes don't come up in time
+        except (Exception, SystemExit) as error:  # Ray raises nothing narrower when its processes don't come up in time
             ray.shutdown()
             if not left:
                 raise RuntimeError(f"Ray does not start ({error}); if the machine is busy, try again later") from error
