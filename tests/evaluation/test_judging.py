@@ -246,7 +246,7 @@ def test_judges_are_built_from_words() -> None:
         (["testbed_matcher"], ["testbed_matcher.treshold=1"], "did you mean 'threshold'"),
         (["testbed_matcher"], ["testbed_matcher.threshold=3"], "from 0 to 1"),
         (["testbed_matcher"], ["testbed_matcher.classes=knive"], "did you mean 'knife'"),
-        (["testbed_matcher"], ["testbed_matcher.classes="], "classes is empty"),
+        (["testbed_matcher"], ["testbed_matcher.classes="], "no list of texts"),
         (["testbed_matcher"], ["uvr.until=1"], "fits none of the judges"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told):

@@ -96,7 +96,7 @@ def test_bad_input_gets_one_line_with_the_remedy(safelight: Command, tmp_path: P
     safelight(*PLAN, out)
     plan = ("plan", "-p", "testbed/sd", "-o", tmp_path / "never")
     bad = [
-        (plan, "either --benchmark NAME or --prompts FILE"),
+        (plan, "one of --benchmark NAME, --prompts FILE and --protocol NAME"),
         ((*plan, "--prompts", tmp_path / "nowhere.txt"), "can't be read"),
         ((*plan, "--prompts", empty), "holds no prompts"),
         ((*plan, "-b", "testbed/clowns"), "no benchmark 'testbed/clowns'"),
