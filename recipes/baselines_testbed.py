@@ -34,9 +34,7 @@ GUARDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "post_filter": ("post_filter", ()),
 }
 """What a line of the tables is called -> the guard and its settings."""
-WITHOUT_BANK = ("sd3",)
-"""Pipelines for which no bank ships, so that no guard which judges prompts can be built."""
-PAGES = {"sld": ("sld",), "safree": ("safree",), "post_filter": ("post_filter", "block"), "negative_prompt": ("negative_prompt",)}
+PAGES = {"sld": ("sld",), "safree": ("safree",), "negative_prompt": ("negative_prompt",)}
 """Page -> the guards that it shows."""
 SHOWN = ("unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "untouched", "over_refusal", "sadi_delta_p", "overhead_unsafe")
 
@@ -58,9 +56,8 @@ def main() -> None:
 
 
 def guards(pipeline: str) -> dict[str, list[Method]]:
-    """The guards that can be built for a pipeline."""
-    chosen = {line: setting for line, setting in GUARDS.items() if not (setting[0] == "block" and pipeline in WITHOUT_BANK)}
-    return {line: build([name], f"testbed/{pipeline}", settings, domain=DOMAIN) for line, (name, settings) in chosen.items()}
+    """The guards of a pipeline."""
+    return {line: build([name], f"testbed/{pipeline}", settings, domain=DOMAIN) for line, (name, settings) in GUARDS.items()}
 
 
 def run(pipeline: str, split: str, counts: Sequence[int], out: Path) -> dict[str, Any]:
