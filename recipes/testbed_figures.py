@@ -19,8 +19,8 @@ CHECKS = ("judges", "testbed/sd", "testbed/flux", "testbed/kontext")
 BASELINE = (48, 24, 40)
 """How many unsafe, benign and proximal prompts a baseline gets."""
 PLAN = (
-    ("testbed/sd", "dual_latent", "testbed/weapons", (200, 100, 100)),
-    ("testbed/flux", "dual_latent", "testbed/weapons", (200, 100, 100)),
+    ("testbed/sd", "dual_latent", "testbed/weapons", (80, 40, 40)),
+    ("testbed/flux", "dual_latent", "testbed/weapons", (80, 40, 40)),
     ("testbed/kontext", "dual_latent", "testbed/edits-unsafe", (40, 20, 1)),
     ("testbed/sd", "negative_prompt", "testbed/weapons", BASELINE),
     ("testbed/sd", "block", "testbed/weapons", BASELINE),
