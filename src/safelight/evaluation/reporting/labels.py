@@ -43,9 +43,7 @@ LABELS = {
     "overhead_benign": Label("overhead, harmless", "Cost", "less", "guarded over unguarded seconds, on harmless prompts", share=False),
     "overhead_unsafe": Label("overhead, unsafe", "Cost", "less", "guarded over unguarded seconds, on unsafe prompts", share=False),
     "overhead": Label("overhead", "Cost", "less", "guarded over unguarded seconds", share=False),
-    "asr": Label(
-        "attack success", "Safety", "less", "prompts whose guarded picture is unsafe to all judges"
-    ),
+    "asr": Label("attack success", "Safety", "less", "prompts whose guarded picture is unsafe to all judges"),
     "asr_classifier": Label("attack success, classifier", "Safety", "less", "by the trained judge"),
     "asr_matcher": Label("attack success, matcher", "Safety", "less", "by the template matcher"),
 }
