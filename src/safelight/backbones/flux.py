@@ -24,6 +24,8 @@ class Flux(Backbone):
     denoiser = "transformer"
     rows = ("guidance",)
     timestep_scale = 1000
+    separate = True
+    calls = 2
     encoded = ("text", "pooled", "ids")
     prompts = ("prompt", "prompt_2")
     tokenizers = ("tokenizer_2",)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..detector import Detector
 from ..flow import Embedding
 from ..method import Method
+from ..run import Run
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,6 +34,10 @@ class Block(Method):
             if verdict.flagged:
                 self.note(image, action="refused", strength=1.0)
 
+    def meet(self, further: Run) -> None:
+        """Judges prompts that come late."""
+        further.refuse_unsafe(self.detector, self.name)
+
     def encode(self, prompts: list[str], encode: Callable[[list[str]], Embedding]) -> Embedding:
         """Empties flagged prompts: nothing unsafe is even begun."""
         copies = max(1, self.run.images // max(1, len(prompts)))
@@ -42,6 +47,8 @@ class Block(Method):
     def decode(self, images: Tensor, decode: Callable[[Tensor], Any]) -> Any:
         """Greys out flagged pictures."""
         if self.flagged:
+            for image in self.flagged:
+                self.note(image, action="refused")
             images = images.clone()
             images[self.flagged] = torch.zeros((), dtype=images.dtype, device=images.device)
         return decode(images)

@@ -13,6 +13,7 @@ from ..backbone import Backbone
 from ..detector import Detector
 from ..flow import Call, Embedding, Heads, Step, put
 from ..method import Method
+from ..run import Run
 from ..site import Site
 
 
@@ -38,6 +39,14 @@ class Gate(Method):
         self.inner.begin()
         for image, verdict in enumerate(verdicts):
             self.note_verdict(image, verdict)
+
+    def meet(self, further: Run) -> None:
+        """Judges prompts that come late."""
+        further.refuse_unsafe(self.detector, self.name)
+
+    def owed(self) -> Iterable[int]:
+        """Flagged images, and those of them on which the method itself must act."""
+        return {*super().owed(), *self.inner.owed()} if self.flagged else ()
 
     def encode(self, prompts: list[str], encode: Callable[[list[str]], Embedding]) -> Embedding:
         """The method's prompts, for flagged samples only."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..detector import Detector, Verdict
 from ..method import Method
+from ..run import Run
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,6 +29,11 @@ class PostFilter(Method):
             raise ValueError(
                 f"post_filter judges pictures, and {type(self.detector).__name__} reads prompts; use image_classifier, or `block`"
             )
+
+    judges_images = True
+
+    def meet(self, further: Run) -> None:
+        """It looks at the finished picture, whatever the prompt."""
 
     def begin(self) -> None:
         """Makes the detector ready, so that one that can't be had is noticed before a picture is made."""

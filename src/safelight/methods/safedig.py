@@ -15,6 +15,7 @@ from ..dictionary import Dictionary, Operator, top_features
 from ..errors import ArtefactError
 from ..flow import put
 from ..method import Method
+from ..run import Run
 from ..site import Site
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -78,6 +79,16 @@ class SafeDIG(Method):
             dictionary.check(backbone, transfer=self.transfer)
         return found
 
+    def meet(self, further: Run) -> None:
+        """It looks at activations, whatever the prompt."""
+
+    def owed(self) -> Iterable[int]:
+        """Those whose features fired; without a gate, every image that it isn't kept from, if it is to steer at all."""
+        if self.gated:
+            return super().owed()
+        wanted = any(self.beta if self._operator(dictionary) == "blend" else self.gamma for dictionary in self.dictionaries)
+        return [image for image in range(self.run.images) if wanted and (self.confined_to is None or image in self.confined_to)]
+
     def begin(self) -> None:
         """Nothing is known yet."""
         self.known = {dictionary.site: dictionary for dictionary in self.dictionaries}
@@ -100,9 +111,12 @@ class SafeDIG(Method):
         everyone = len(rows) == len(tokens)
         own = tokens if everyone else tokens[rows]
         changed = self._steered(dictionary, own)
-        if not self.gated:
-            for row in rows:
-                self._note(images[row], index, dictionary)
+        for row in rows:
+            image = images[row]
+            assert image is not None
+            if not self.gated:
+                self._note(image, index, dictionary)
+            self.run.note_acted(self.position, image)
         return changed if everyone else put(tokens, rows, changed)
 
     def _dictionary(self, site: Site, tokens: Tensor) -> Dictionary:
@@ -147,12 +161,11 @@ class SafeDIG(Method):
         self.note(image, note=f"features {', '.join(map(str, fired))} at {dictionary.site}")
         self._note(image, self.run.index, dictionary)
 
-    def _note(self, image: int | None, index: int, dictionary: Dictionary) -> None:
-        assert image is not None
+    def _note(self, image: int, index: int, dictionary: Dictionary) -> None:
         operator = self._operator(dictionary)
         start = max(index, round(self.after * self.run.total))
         self.note(
-            image, action="blended" if operator == "blend" else "repelled", steps=(start, round(self.until * self.run.total)),
+            image, acted=False, action="blended" if operator == "blend" else "repelled", steps=(start, round(self.until * self.run.total)),
             strength=self.beta if operator == "blend" else self.gamma,
         )  # fmt: skip
 

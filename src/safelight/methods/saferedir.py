@@ -16,6 +16,7 @@ from ..flow import Call
 from ..method import Method
 from ..nets.redirector import Aim, Judgement, redirect
 from ..redirector import Redirector
+from ..run import Run
 from ..site import Site
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -88,6 +89,9 @@ class SafeRedir(Method):
         for redirector in self.redirectors:
             redirector.check(backbone)
         return ()
+
+    def meet(self, further: Run) -> None:
+        """It looks at embeddings as they come."""
 
     def begin(self) -> None:
         """Nothing is known yet."""
@@ -219,6 +223,7 @@ class SafeRedir(Method):
         pooled = None if call.pooled is None else call.pooled.clone()
         for row, prompt, moved in chosen:
             text[call.cond.start + row] = moved[0]
+            self.run.note_acted(self.position, call.samples[row])
             if pooled is not None and moved[1] is not None:
                 pooled[call.cond.start + row] = moved[1]
             if self.unconditional and call.cond.start:
@@ -252,7 +257,7 @@ class SafeRedir(Method):
         action = self.run.action(self.position, image, self.name)
         first = self.run.index + int(self.late)
         steps = (action.steps[0] if action.steps else first, self.run.total)
-        self.note(image, action="redirected", steps=steps, strength=max(strength, action.strength or 0.0))
+        self.note(image, acted=False, action="redirected", steps=steps, strength=max(strength, action.strength or 0.0))
         self.run.record("redirected", image=image, strength=round(strength, 4))
 
 

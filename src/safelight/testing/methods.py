@@ -111,7 +111,9 @@ def check_memory(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
     alive: list[weakref.ref[Any]] = []
 
     def look(pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        alive.extend(map(weakref.ref, handle._chain))
+        generation = handle._engine.generation
+        assert generation is not None, "there is no generation in its own callback"
+        alive.extend(map(weakref.ref, generation.chain))
         return given
 
     with guard(pipe, method_factory(pipe)) as handle:

@@ -272,7 +272,7 @@ def benign_scores(
         with guard(generator.pipe, method) as handle:
             first_steps(generator, examples[start : start + 2 * batch], steps)
             assert handle.run is not None
-            found += [float(record.actions[0].score or 0.0) for record in handle.run.records(1)]
+            found += [float(record.actions[0].score or 0.0) for record in handle.run.records([0])]
     progress("calibrating", len(examples), len(examples))
     return found
 
