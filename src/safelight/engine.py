@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -106,7 +106,7 @@ class Engine:
             raise SafetyBypassed("guards can't be attached in the middle of a generation; attach them before the pipeline is called")
         self._check_conflicts()
         settings = {id(method): Settings.of(method) for method in guard.methods}
-        with self._step_lock(), self._mutex:
+        with self._turn(), self._mutex:
             taps = self._tapped([*self.guards, guard])  # a failure leaves all as it is
             if not self.guards:
                 self._wrap()
@@ -191,7 +191,7 @@ class Engine:
         """
         if self.generation is not None:
             raise SafetyBypassed("the pipeline was called from within its own generation (in a callback?), whose state would be lost; wait for it")
-        with self._step_lock():
+        with self._turn():
             generation = self._begin(function, args, kwargs, sys._getframe())
             try:
                 output = function(*args, **kwargs)
@@ -202,8 +202,9 @@ class Engine:
             output.records = records
         return output
 
-    def _step_lock(self) -> Any:
-        return seam(self.pipe.scheduler, "step").lock if "step" not in self._seams else self._seams["step"].lock
+    def _turn(self) -> AbstractContextManager[Any]:
+        """What lets one thread at a time use the scheduler, whichever guarded pipelines share it."""
+        return self._seams["step"].lock if "step" in self._seams else nullcontext()
 
     def _begin(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], frame: FrameType) -> Generation:
         with self._mutex:

@@ -88,6 +88,10 @@ def read(reading: Reading, row: int, typed: Sequence[str]) -> Read:
         words = {token: _nearest(reading, token, learned) for token in dict.fromkeys(strange)}
         opaque = [_text(tokenizer, [token]) for token, word in words.items() if word is None]
         texts.append(_text(tokenizer, [words.get(token) or token for token in joined]))
+        for token, word in words.items():  # a placeholder may stand for several: each is judged in its place, and by itself
+            for one in {token, word} - {None}:
+                texts += [_text(tokenizer, [one if other == token else other for other in joined if other == token or other not in words])]
+                texts += [_text(tokenizer, [one])]
     return Read(tuple(dict.fromkeys(text for text in texts if text not in typed)), tuple(opaque))
 
 
