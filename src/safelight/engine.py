@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 import threading
 import time
@@ -214,8 +215,7 @@ class Engine:
             for guard in guards:
                 guard.began(None)
             self._check_conflicts()
-            for one in self._seams.values():
-                one.renew()
+            self._follow_offloading()
             self._refresh(guards)
             arguments = bound_arguments(function, args, kwargs)
             _check_texts(arguments, self.backbone.prompts)
@@ -272,7 +272,11 @@ class Engine:
         generation.frame = None
         generation.chain.clear()
         self._running.discard(generation)
-        if "forward" in self._seams:  # offloading has just hooked the denoiser anew, and unwrapped it
+        self._follow_offloading()
+
+    def _follow_offloading(self) -> None:
+        """Puts the seam on again where offloading has hooked the denoiser anew, and so unwrapped it."""
+        if "forward" in self._seams and hasattr(self.backbone.module, "_hf_hook"):
             self._seams["forward"].renew()
 
     def _alive(self, generation: Generation | None, who: str) -> Generation:
@@ -605,10 +609,7 @@ def _readings(readings: Sequence[Reading], given: list[list[str] | None], copies
             owners = [row] if len(reading.rows) == count else range(count)
             for owner in owners:
                 found[owner].append(read(reading, row, [texts[owner] for texts in prompts]))
-    merged = [
-        Read(tuple(dict.fromkeys(t for one in own for t in one.texts)), tuple(dict.fromkeys(t for one in own for t in one.opaque)))
-        for own in found
-    ]
+    merged = [functools.reduce(operator.or_, own, Read()) for own in found]
     return [one for one in merged for _ in range(copies)]
 
 

@@ -65,6 +65,12 @@ class Run:
         return [wording[0] for wording in self.wordings]
 
     @property
+    def plain_prompts(self) -> list[str]:
+        """The prompt of each image without the markers of text encoders that were typed into it: what safe guidance starts from."""
+        plain = [read.plain for read in self.readings] or [None] * self.images
+        return [prompt if other is None else other for prompt, other in zip(self.prompts, plain, strict=True)]
+
+    @property
     def total(self) -> int:
         """How many steps there will be."""
         return int(self.backbone.pipe.num_timesteps)

@@ -80,13 +80,12 @@ class Seam:
         if self._handlers:
             return
         if vars(self._owner).get(self.name) is not self:
-            if self.intact:
-                warnings.warn(
-                    f"{type(self._owner).__name__}.{self.name} was replaced after the guard was attached; the guard is inactive now, but its "
-                    "empty wrapper stays until the other one is removed",
-                    ForeignWrapperWarning,
-                    stacklevel=2,
-                )
+            warnings.warn(
+                f"{type(self._owner).__name__}.{self.name} was replaced after the guard was attached; the guard is inactive now, but its "
+                "empty wrapper stays until the other one is removed",
+                ForeignWrapperWarning,
+                stacklevel=2,
+            )
         elif self.before is None:
             delattr(self._owner, self.name)
         else:

@@ -200,7 +200,7 @@ def make_banks(weights: Path) -> None:
     for kind, (pairs, tokens) in BANKS.items():
         random = Random(f"bank/{kind}")
         pipe = load(kind, weights)
-        run = Run(Guard(pipe, ()).backbone, pipe.encode_prompt, None)
+        run = Run(Guard(pipe, (), "accept").backbone, pipe.encode_prompt, None)
         if kind == "kontext":
             known, benign, held_out = instruction_pairs()[:pairs], safe_instructions(), calibration_instructions(random, 1000)
         else:
