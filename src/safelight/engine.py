@@ -20,7 +20,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .errors import PromptRequired, SafetyBypassed, UnjudgedImageWarning, UnsupportedPipeline
 from .flow import Call, Embedding, Step
-from .inputs import bound_arguments, pictures_in
+from .pictures import bound_arguments, pictures_in
 from .method import Method
 from .provenance import Known, Provenance
 from .reading import Encoders, Read, Reading, read
@@ -30,8 +30,8 @@ from .settings import Settings
 from .tap import Taps
 from .wrapping import Seam, seam
 
-SEAMS = ("encode_prompt", "forward", "step", "postprocess")
-"""The bound methods that a guard stands in for: of the pipeline, its denoiser, scheduler and image processor."""
+SEAMS = ("encode_prompt", "forward", "step", "postprocess", "encode")
+"""The bound methods that a guard stands in for: of the pipeline, its denoiser, scheduler, image processor and autoencoder."""
 
 
 class Handle(Protocol):
@@ -147,7 +147,10 @@ class Engine:
             (denoiser, "forward", self._denoise, _outside("the denoiser")),
             (scheduler, "step", self._step, _outside("the scheduler")),
             (processor, "postprocess", self._decode, None),
+            (getattr(self.pipe, "vae", None), "encode", self._take_in, None),
         ):
+            if owner is None:
+                continue
             self._seams[name] = seam(owner, name)
             self._seams[name].add(self, around, outside)
         self._seams["forward"].part_of_a_pipeline = True
@@ -453,8 +456,8 @@ class Engine:
             )
         if generation.turn > backbone.calls or (backbone.separate and (generation.followed > 1 or generation.turn - generation.followed > 1)):
             raise SafetyBypassed(
-                "the denoiser was called more often in one step than the pipeline calls it (by a callback?), so the guard can't tell which "
-                "prediction counts; the images are withheld"
+                "the denoiser was called more often than the pipeline calls it in one step (by a callback, or was the scheduler's `step` replaced?), "
+                "so the guard can't tell which prediction counts; the images are withheld"
             )
         provenance.check(call.text, call.pooled, call.cond)
         return call
@@ -501,6 +504,13 @@ class Engine:
         run.preview = False
         generation.images.append(made)
         return made
+
+    def _take_in(self, original: Callable[..., Any], image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        generation = self.generation
+        if generation is not None and generation.run is not None:
+            for method in self._alive(generation, "the autoencoder").chain:
+                method.take_in(image)
+        return original(image, *args, **kwargs)
 
     @staticmethod
     def _fold(generation: Generation, verb: str, base: Callable[[Any], Any]) -> Callable[[Any], Any]:

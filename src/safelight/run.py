@@ -13,7 +13,7 @@ from .backbone import Backbone
 from .detector import Detector, Verdict, highest
 from .errors import PromptRequired, SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Embedding, put
-from .inputs import GivenPicture
+from .pictures import GivenPicture
 from .reading import Read
 from .record import Action, Negative, Record
 from .site import Layout
@@ -134,7 +134,7 @@ class Run:
         """
         if detector.reads != "prompt":
             raise ValueError(
-                f"{type(detector).__name__} judges pictures, and this guard judges prompts; give it another, or use post_filter"
+                f"{type(detector).__name__} judges pictures, and this guard judges prompts; give it another, or use pre_filter or post_filter"
             )
         self.prompts  # raises without texts  # noqa: B018
         if self.negatives is None:
