@@ -449,10 +449,11 @@ class Engine:
         run.images = run.images or len(call.samples)
         generation.turn += 1
         generation.followed += call.conditional
-        if call.conditional and call.cond.stop - call.cond.start != run.images:
+        prompts = call.cond.stop - call.cond.start
+        if (call.conditional and prompts != run.images) or len(call.text) != len(call.latents):
             raise SafetyBypassed(
-                f"the denoiser got prompts for {call.cond.stop - call.cond.start} images, and {run.images} are being made (does a callback cut "
-                "`prompt_embeds`, as diffusers' CFG cut-off does for a batch?)"
+                f"the denoiser got {len(call.text)} rows of text for {len(call.latents)} rows of latents, and {run.images} images are being made "
+                "(does a callback cut `prompt_embeds`, as diffusers' CFG cut-off does for a batch?); the images are withheld"
             )
         if generation.turn > backbone.calls or (backbone.separate and (generation.followed > 1 or generation.turn - generation.followed > 1)):
             raise SafetyBypassed(
@@ -552,6 +553,8 @@ def _check_texts(arguments: Mapping[str, Any], prompts: Sequence[str]) -> None:
     """Raises ValueError for a prompt that is no text."""
     for name in (*prompts, *(f"negative_{name}" for name in prompts)):
         value = arguments.get(name)
+        if isinstance(value, (list, tuple)) and not value:
+            raise ValueError(f"{name} is an empty list; give at least one text")
         for place, text in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             if value is None:
                 continue
