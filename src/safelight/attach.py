@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from . import backbones as _known  # noqa: F401  (makes the backbones known)
-from .engine import Engine, Generation
-from .errors import UnjudgedImageWarning
 from .guarded import engine_of, release, take
 from .method import Method
 from .record import Record
@@ -97,8 +95,10 @@ def _flat(methods: Iterable[Method | Iterable[Method]]) -> Iterable[Method]:
         elif isinstance(method, (list, tuple)):
             yield from _flat(method)
         else:
-            hint = f": build it first, `build([{method!r}], …)`" if isinstance(method, str) else " (an object of a class such as Block or UVR)"
+            hint = (
+                f": build it first, `build([{method!r}], …)`" if isinstance(method, str) else " (an object of a class such as Block or UVR)"
+            )
             raise TypeError(f"guard(pipe, {method!r}): {type(method).__name__} is no method{hint}")
 
 
-__all__ = ["Engine", "Generation", "Guard", "UnjudgedImageWarning", "guard", "guards_of"]
+__all__ = ["Guard", "guard", "guards_of"]

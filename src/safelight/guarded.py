@@ -103,7 +103,9 @@ def _clean(pipe: Any) -> None:
 
 
 def _refuse_to_pickle(self: Any, protocol: Any) -> Any:
-    raise SafetyBypassed("a guarded pipeline can't be pickled, as its guard would be lost; remove the guard, and attach one where it is loaded")
+    raise SafetyBypassed(
+        "a guarded pipeline can't be pickled, as its guard would be lost; remove the guard, and attach one where it is loaded"
+    )
 
 
 __all__ = ["engine_of", "release", "take"]

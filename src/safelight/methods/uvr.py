@@ -126,7 +126,12 @@ class UVR(Method):
                 + (f"(until={self.until:g})" if self.sigma is None else f"(noise level of at least {self.sigma:g})")
                 + "; the images are withheld. Widen the window, or take more steps"
             )
-        return super().owed()
+        return super().owed() if self._regulates() else ()
+
+    def _regulates(self) -> bool:
+        """Whether what it would do about a mask changes anything: with every factor at 1 and no noise, it only looks."""
+        reference = bool(self.run.layout.reference) and (self.reference, self.reference_ring, self.boost) != (1, 1, 1)
+        return bool(self.noise) or self.text != 1 or reference or self.guidance is not None
 
     def begin(self) -> None:
         """Nothing is known yet: masks are found on the way."""
