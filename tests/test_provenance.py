@@ -87,7 +87,7 @@ def test_a_call_in_a_callback_shifts_nothing(pipe: Any) -> None:
             backbone.module(*args, **kwargs)
         return values
 
-    with guard(pipe, Block(detector=Containing())), pytest.raises(SafetyBypassed, match="called more often than|rows of text for"):
+    with guard(pipe, Block(detector=Containing())), pytest.raises(SafetyBypassed, match=r"called more often than|rows of text for"):
         sample(pipe, SAFE, callback_on_step_end=call)
 
 

@@ -12,8 +12,8 @@ from safelight import guard
 from safelight.detector import Detector
 from safelight.methods.block import Block
 from safelight.reading import segments
-from safelight.testing import Containing, sample, tiny_pipeline
 from safelight.testbed.tokenizer import vocabulary
+from safelight.testing import Containing, sample, tiny_pipeline
 
 SAFE = "a cat on a beach"
 

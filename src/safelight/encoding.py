@@ -39,7 +39,7 @@ class Encoding:
         signature = inspect.signature(original)
         if set(self.backbone.prompts) <= signature.parameters.keys():
             return signature
-        return inspect.signature(getattr(type(self.pipe), "encode_prompt").__get__(self.pipe))
+        return inspect.signature(type(self.pipe).encode_prompt.__get__(self.pipe))
 
     def prompts(self, generation: Generation, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         names, chain = self.backbone.encoded, generation.chain

@@ -92,7 +92,7 @@ class Engine:
 
     def _wrap(self) -> None:
         denoiser, scheduler, processor = self._parts
-        for owner, name, around, outside in (
+        for owner, name, around, beyond in (
             (self.pipe, "encode_prompt", self._encode, None),
             (denoiser, "forward", self._denoise, _outside("the denoiser")),
             (scheduler, "step", self._step, _outside("the scheduler")),
@@ -102,7 +102,7 @@ class Engine:
             if owner is None:
                 continue
             self._seams[name] = seam(owner, name)
-            self._seams[name].add(self, around, outside)
+            self._seams[name].add(self, around, beyond)
         self._seams["forward"].part_of_a_pipeline = True
 
     def _current_parts(self) -> tuple[Any, ...]:

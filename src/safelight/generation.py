@@ -20,8 +20,13 @@ from .run import Run
 class Handle(Protocol):
     """What an attachment is for its engine."""
 
-    methods: tuple[Method, ...]
-    unjudged_images: str
+    @property
+    def methods(self) -> tuple[Method, ...]: ...
+
+    @property
+    def unjudged_images(self) -> str: ...
+
+    def attach_to(self, pipe: Any) -> Any: ...
 
     def began(self, run: Run | None) -> None: ...
 

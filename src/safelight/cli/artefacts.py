@@ -85,13 +85,13 @@ def convert(
 def _run(pipeline: str) -> Any:
     """A run outside any generation: only its encoders are used."""
     quiet()
-    from ..attach import Guard
+    from .. import backbones  # noqa: F401  (makes the backbones known)
+    from ..backbone import Backbone
     from ..compose import load_pipeline
     from ..run import Run
 
     pipe = load_pipeline(pipeline)
-    with Guard(pipe, ()) as handle:
-        return Run(handle.backbone, type(pipe).encode_prompt.__get__(pipe), None)
+    return Run(Backbone.of(pipe), pipe.encode_prompt, None)
 
 
 def read_pairs(path: Path) -> list[Any]:
