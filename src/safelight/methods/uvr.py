@@ -80,8 +80,13 @@ class UVR(Method):
     """Whether anchors of another checkpoint of the same architecture will do."""
 
     @classmethod
-    def published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
-        """The method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85."""
+    def near_published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
+        """The nearest that this class comes to the method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85.
+
+        It differs in the anchors (published: raw means of the last step, τ probed; these are as given), keeps components by the area of the image
+        (published: by softmax mass), has no minimum areas, takes a ring of one token (published: a 7 x 7 ellipse, twice) with a square, and boosts
+        only where there is a mask.
+        """
         common = cls(
             anchors=anchors, sigma=0.85, localise=1.0, memory="latest", text=1.0, renormalise=False, guidance=None, reference=0.2,
             reference_ring=0.4, boost=1.05, noise=0.999, noise_like="unit", ring=1 if editing else 0,
