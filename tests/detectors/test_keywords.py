@@ -174,6 +174,7 @@ def test_lists_that_make_no_sense_raise(words: Any, told: str) -> None:
 
 
 def test_a_list_cannot_change_unseen() -> None:
+    assert Keywords(words={"weapons": {"sword", "knife"}}).words == {"weapons": ("knife", "sword")}  # type: ignore[dict-item]
     words = {"weapons": ["knife"]}
     detector = Keywords(words=words)
     words["weapons"].append("sword")

@@ -17,7 +17,7 @@ Pipeline = Annotated[str, typer.Option("--pipeline", "-p", help="The pipeline wh
 
 @app.command()
 def bank(
-    pairs: Annotated[Path, typer.Option(help="CSV with the columns unsafe, safe (its twin, may be empty) and category.")],
+    pairs: Annotated[Path, typer.Option(help="Table with the columns unsafe, safe (its twin, may be empty) and category.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bank's file.")],
     pipeline: Pipeline = "testbed/sd",
     benign: Annotated[Path | None, typer.Option(help="Further safe prompts, one a line.")] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -79,7 +79,7 @@ def _checked(words: Any) -> Mapping[str, Sequence[str]]:
     for category, listed in words.items():
         if isinstance(listed, (str, Mapping)) or not isinstance(listed, Iterable):
             raise ValueError(f"words[{category!r}]={_shown(listed)} is no list of words; {REMEDY}")
-    copied = {category: tuple(listed) for category, listed in words.items()}
+    copied = {category: tuple(sorted(listed, key=str) if isinstance(listed, Set) else listed) for category, listed in words.items()}
     for category, listed in copied.items():
         for word in listed:
             if not isinstance(word, str) or not word.strip():
