@@ -145,7 +145,7 @@ class Anchors:
         facts = metadata.parsed("facts")
         facts.only([field.name for field in fields(cls) if field.name not in ("weights", "bias")])
         if sorted(tensors) != ["bias", "weights"] or not isinstance(facts.get("smooth"), bool):
-            raise facts.error("lacks a part of anchors, or has one too many")
+            raise facts.error(f"lacks a part of anchors, or has one too many (it has {', '.join(sorted(tensors))})")
         anchors = cls(
             tensors["weights"],
             tensors["bias"], **{name: facts.numbers(name) for name in ("moments", "thresholds", "levels")}, concepts=facts.texts("concepts"),
@@ -154,6 +154,7 @@ class Anchors:
         )  # fmt: skip
         if flaw := anchors._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        metadata.settle()
         return anchors
 
     def _flaw(self) -> str | None:
