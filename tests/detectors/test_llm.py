@@ -120,8 +120,8 @@ def test_a_server_that_stays_in_trouble_counts_as_unsafe(server: Server, status:
 
 def test_a_server_without_schemas_is_asked_for_json(server: Server) -> None:
     server.answer = lambda request: (400, "") if request["response_format"]["type"] == "json_schema" else (200, UNSAFE)
-    assert detector(server).verdicts(["a knife"])[0].safe_prompt == "a spoon"
-    assert [request["response_format"]["type"] for request in server.requests] == ["json_schema", "json_object"]
+    assert detector(server).verdicts(["a knife"])[0].concept == "weapons"
+    assert [request["response_format"]["type"] for request in server.requests][:2] == ["json_schema", "json_object"]
 
 
 def test_silence_counts_as_unsafe(server: Server) -> None:
