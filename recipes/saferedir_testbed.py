@@ -130,7 +130,7 @@ def tasks(bench: Bench) -> str:
 
 
 def paraphrase(bench: Bench) -> str:
-    """Synonyms that neither pairs nor benign prompts of any training contain."""
+    """Synonyms that neither pairs nor benign prompts of any guard's training contain; the text encoders have learned what they mean."""
     shown = ("unsafe_rate_base", "unsafe_rate", "retention")
     lines = ["| synonyms of | pipeline | n | ASR unguarded | ASR guarded | retention |", "|---|---|---|---|---|---|"]
     for concept, benchmark in SYNONYMS.items():
@@ -145,7 +145,7 @@ def paraphrase(bench: Bench) -> str:
 def inputs(bench: Bench) -> str:
     """The classifier's accuracy on held-out prompts, by what it may look at, and by how prompts were held out."""
     records, prompts = trajectories(bench, "sd")
-    lines = ["| classifier sees | prompts at random (as published) | whole families | synonyms |", "|---|---|---|---|"]
+    lines = ["| classifier sees | prompts at random (the paper's split) | whole families | synonyms |", "|---|---|---|---|"]
     others = recorded(
         Generator(load_pipeline("testbed/sd"), call_settings("testbed/sd")), synonym_pairs(prompts), 1, bench.out / "synonyms-sd"
     )
@@ -179,7 +179,7 @@ def ablation(bench: Bench) -> str:
     """What is lost without a part of it, on held-out prompts for weapons."""
     own = bench.guards["weapons", "sd"]
     records, prompts = trajectories(bench, "sd")
-    # the official network takes ten times as long per record: it learns from every fifth step, in three epochs
+    # the released architecture takes ten times as long per record: it learns from every fifth step, in three epochs
     sparse = replace(records, latents=records.latents[:, ::5], times=records.times[:, ::5])
     official = fit(sparse, prompts, Config(seeds=1, architecture="official", lr=3e-4, epochs=3), bench.out / "official", bench.advance)
     released = (replace(own.redirectors[0], net=rounded(official.net), threshold=0.5, calibration=None),)
@@ -192,8 +192,8 @@ def ablation(bench: Bench) -> str:
         "fixed difference": replace(own, redirectors=fixed),
         "checked after the denoiser": replace(own, late=True),
         "unconditional rows too": replace(own, unconditional=True),
-        "official network, our loop": SafeRedir(redirectors=released),
-        "all defects (published)": SafeRedir.published(released),
+        "released architecture, our training and loop": SafeRedir(redirectors=released),
+        "the same, near the released loop": SafeRedir.near_published(released),
     }
     shown = ("fsr", "retention", "untouched", "over_refusal")
     lines = ["| arm | n | " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * 6 + "|"]

@@ -145,7 +145,7 @@ def test_an_empty_mask_changes_nothing(name: str, guided: bool) -> None:
     pipe = tiny_pipeline(name)
     everything = uvr(name, NEVER, noise=0.9, boost=1.05, ring=2, guidance=-1.0, localise=1.0)
     expected = sample(pipe, BATCH, guided=guided)
-    for method in (everything, UVR.published(anchors(name, NEVER), editing=name == "kontext")):
+    for method in (everything, UVR.near_published(anchors(name, NEVER), editing=name == "kontext")):
         with guard(pipe, method) as handle:
             assert torch.equal(sample(pipe, BATCH, guided=guided), expected)
         assert not any(record.flagged for record in handle.records)
@@ -267,12 +267,12 @@ def test_masked_tokens_have_a_guidance_scale_of_their_own(name: str, scale: floa
 
 
 @pytest.mark.parametrize(("total", "acting"), [(28, 11), (50, 18), (20, 8)])
-def test_the_published_window(total: int, acting: int) -> None:
+def test_the_window_of_noise_levels(total: int, acting: int) -> None:
     """σ ≥ 0.85 of FLUX's schedule at 1024², where μ = 1.15."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / total, total), mu=1.15)
     pipe: Any = SimpleNamespace(scheduler=scheduler, num_timesteps=total)
-    method = UVR.published(anchors("flux"))
+    method = UVR.near_published(anchors("flux"))
     method.run = Run(SimpleNamespace(pipe=pipe), lambda: None, None)  # type: ignore[arg-type]
     method.begin()
     windows = []
@@ -371,10 +371,10 @@ def test_the_record_says_what_was_found_and_done(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "editing"), [("flux", False), ("sd3", False), ("kontext", False), ("kontext", True)])
-def test_the_published_mode_runs(name: str, editing: bool) -> None:
+def test_what_is_near_the_published_method_runs(name: str, editing: bool) -> None:
     pipe = tiny_pipeline(name)
     expected = sample(pipe, BATCH, guided=False)
-    with guard(pipe, UVR.published(anchors(name), editing=editing)) as handle:
+    with guard(pipe, UVR.near_published(anchors(name), editing=editing)) as handle:
         images = sample(pipe, BATCH, guided=False)
     assert [record.flagged for record in handle.records] == [False, True, False, True]
     assert [torch.equal(*pair) for pair in zip(images, expected, strict=True)] == [True, False, True, False]

@@ -67,7 +67,7 @@ def convert(
     concept: Annotated[str, typer.Option(help="What it finds, e.g. nudity.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.")],
     threshold: Annotated[float, typer.Option(min=0, max=0.9999, help="The probability above which a generation is redirected.")] = 0.5,
-    published: Annotated[bool, typer.Option(help="Keep the behaviour of the released code, defects included.")] = False,
+    near_published: Annotated[bool, typer.Option(help="Behave nearly as the released code does, known defects included.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turns a checkpoint of SafeRedir's released code into a bundle."""
@@ -76,9 +76,9 @@ def convert(
     from ..redirector import Redirector
 
     redirector = Redirector.from_official(checkpoint, concept, threshold)
-    save(out, SafeRedir.published([redirector]) if published else SafeRedir(redirectors=(redirector,)))
+    save(out, SafeRedir.near_published([redirector]) if near_published else SafeRedir(redirectors=(redirector,)))
     parameters = sum(parameter.numel() for parameter in redirector.net.parameters())
-    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "published": published}
+    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "near_published": near_published}
     emit(result, as_json, f"{out}: {concept}, {parameters:,} parameters")
 
 

@@ -27,7 +27,7 @@ NAMED = 5
 class SafeDIG(Method):
     """Steers activations by a sparse dictionary whose encoder is frozen and whose decoder was adapted to the risk.
 
-    SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
+    Our variant of SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049); `near_published` is closer to the paper. With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
     Repel is a′ = a - γ (M ⊙ z) W_dec with M the harmful features. A picture whose harmful features stay below a calibrated threshold
     is left alone.
     """
@@ -37,8 +37,8 @@ class SafeDIG(Method):
     operator: Literal["routed", "blend", "repel"] = "routed"
     """What is done; by default what routing chose for each position."""
     mode: Literal["residual", "paper"] = "residual"
-    """`residual` adds what changes, so that reconstruction errors stay out. `paper`: a′ = (1 - β) a + β D_adapted(E(a)), and
-    a′ = a - γ (D_source(M ⊙ z) - a)."""
+    """`residual` adds what changes, so that reconstruction errors stay out. `paper`, near the paper's: a′ = (1 - β) a + β D_adapted(E(a)),
+    and a′ = a - γ (D_adapted(M ⊙ z) - a), where the paper repels twice: at the source, then at the target."""
     beta: Strength = 1.0
     """The strength of Blend; published: 0.2 for FLUX, 1.5 for SD 3.5."""
     gamma: Strength = 1.0
@@ -57,8 +57,13 @@ class SafeDIG(Method):
     """Whether dictionaries of another checkpoint of the same architecture will do."""
 
     @classmethod
-    def published(cls, dictionaries: Iterable[Dictionary], *, beta: float = 0.2, gamma: float = 0.2) -> SafeDIG:
-        """The method as published: no gate, and the paper's operators and strengths (β = 1.5 for SD 3.5)."""
+    def near_published(cls, dictionaries: Iterable[Dictionary], *, beta: float = 0.2, gamma: float = 0.2) -> SafeDIG:
+        """Near the published method, not equal to it: no gate, operators near the paper's, and its strengths (β = 1.5 for SD 3.5).
+
+        - Repel is applied once, with one γ, by the adapted decoder (published: twice, at the source with 0.1, then at the target with 0.2).
+        - Dictionaries of `safelight train safedig` have a decoder that learned to repair (published: to reconstruct; no command does that).
+        - Their positions were routed by a score of ours in the place of S_bind.
+        """
         return cls(dictionaries=tuple(dictionaries), mode="paper", beta=beta, gamma=gamma, gated=False)
 
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:

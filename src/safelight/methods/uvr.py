@@ -30,7 +30,8 @@ ATTENTIONS = ("joint.attention", "single.attention")
 class UVR(Method):
     """Locates unsafe semantics in the joint attention of an MM-DiT, and regulates it there, in generation and editing alike.
 
-    UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
+    Our variant of UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875); `near_published` is closer
+    to the paper, and says what still differs. Image tokens whose attention output at a
     probe looks like an unsafe concept's anchors, s(n) = out(n)·ō > τ, form a mask (its *core*, and a *ring* around it). There,
     O(i) = (1 - a) Σ_j λ(i,j) A(i,j) V(j) + a ε: λ scales what text and reference tokens pass on, ε is noise. An empty mask changes nothing.
     """
@@ -79,8 +80,19 @@ class UVR(Method):
     """Whether anchors of another checkpoint of the same architecture will do."""
 
     @classmethod
-    def published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
-        """The method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85."""
+    def near_published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
+        """Near the published method, not equal to it: noise for generation, value scaling for editing, both while σ ≥ 0.85.
+
+        Given the mask, attention and noise follow the published formulas. The mask itself differs from the released code's:
+
+        - components are kept until 30 % of the image's *area* is covered (released: of the softmax *mass*);
+        - an edit's ring is one token wide (released: a 7 x 7 ellipse twice, about 6 tokens of 64);
+        - small components stay (released: minimum areas), and the clean-up uses a square (released: a cross);
+        - the boost of 1.05 is applied only where there is a mask (released: in any case).
+
+        Published anchors are raw means of the last step with a probed τ. Give such anchors; with whitened ones, as the testbed's are, it
+        is farther from the paper.
+        """
         common = cls(
             anchors=anchors, sigma=0.85, localise=1.0, memory="latest", text=1.0, renormalise=False, guidance=None, reference=0.2,
             reference_ring=0.4, boost=1.05, noise=0.999, noise_like="unit", ring=1 if editing else 0,
