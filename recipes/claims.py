@@ -1,4 +1,4 @@
-"""The papers' claims, held against what the leaderboard's cells say. Used by `recipes/leaderboard.py`."""
+"""The papers' claims beside what the leaderboard's cells say of our variants of their methods. Used by `recipes/leaderboard.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from safelight.evaluation.metrics import safety
 Known = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """(row, pipeline, column) -> figures."""
 Claim = tuple[str, str, bool, str]
-"""What is claimed, where, whether it holds here, and the figures."""
+"""What is claimed, where, whether the figures here are as claimed, and the figures."""
+WHOSE = "our variant"
+"""Whose method all of these figures are of. None of the papers' claims is tested on the published method here."""
 
 
 def percent(value: Mapping[str, Any] | Estimate) -> str:
