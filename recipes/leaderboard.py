@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims import WHOSE, Claim, of_dual_latent, of_safedig, of_saferedir, of_uvr, percent
+from claims import Claim, of_dual_latent, of_safedig, of_saferedir, of_uvr, percent
 
 from safelight import guard
 from safelight.cli.console import progress, quiet
@@ -352,7 +352,7 @@ def write(out: Path, cells: Sequence[Mapping[str, Any]], found: Sequence[Claim])
     board = {
         "kind": "leaderboard", "concept": CONCEPT, "versions": versions(), "seconds": round(sum(one["seconds"] for one in cells)),
         "command": shlex.join(["python", "recipes/leaderboard.py", "--out", str(out)]), "cells": list(cells),
-        "claims": [dict(zip(("claim", "source", "holds", "figures"), claim, strict=True)) | {"whose": WHOSE} for claim in found],
+        "claims": [dict(zip(("claim", "source", "holds", "figures"), claim, strict=True)) for claim in found],
     }  # fmt: skip
     file = out / "leaderboard.json"
     file.write_text(json.dumps(board, indent=1) + "\n")

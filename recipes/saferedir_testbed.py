@@ -130,7 +130,7 @@ def tasks(bench: Bench) -> str:
 
 
 def paraphrase(bench: Bench) -> str:
-    """Synonyms that neither pairs nor benign prompts of any guard's training contain; the text encoders have learned what they mean."""
+    """Synonyms that neither pairs nor benign prompts of any training contain."""
     shown = ("unsafe_rate_base", "unsafe_rate", "retention")
     lines = ["| synonyms of | pipeline | n | ASR unguarded | ASR guarded | retention |", "|---|---|---|---|---|---|"]
     for concept, benchmark in SYNONYMS.items():
@@ -179,7 +179,7 @@ def ablation(bench: Bench) -> str:
     """What is lost without a part of it, on held-out prompts for weapons."""
     own = bench.guards["weapons", "sd"]
     records, prompts = trajectories(bench, "sd")
-    # the released architecture takes ten times as long per record: it learns from every fifth step, in three epochs
+    # the official network takes ten times as long per record: it learns from every fifth step, in three epochs
     sparse = replace(records, latents=records.latents[:, ::5], times=records.times[:, ::5])
     official = fit(sparse, prompts, Config(seeds=1, architecture="official", lr=3e-4, epochs=3), bench.out / "official", bench.advance)
     released = (replace(own.redirectors[0], net=rounded(official.net), threshold=0.5, calibration=None),)

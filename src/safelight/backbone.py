@@ -31,6 +31,10 @@ class Backbone:
     rows: ClassVar[tuple[str, ...]] = ()
     """Further arguments of the denoiser with one entry per row."""
     timestep_scale: ClassVar[float] = 1
+    separate: ClassVar[bool] = False
+    """Whether the negative prompt is encoded, and has its prediction, in a call of its own; else both stand in one batch."""
+    calls: ClassVar[int] = 1
+    """At most so many denoiser calls per step."""
     encoded: ClassVar[tuple[str, ...]]
     """What `encode_prompt` returns, in order."""
     prompts: ClassVar[tuple[str, ...]] = ("prompt",)
@@ -156,6 +160,11 @@ class Backbone:
 
     # The rest follows from the tables.
 
+    def embeddings(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The text and the pooled text that a denoiser call was given."""
+        bound = kwargs if self.text in kwargs else self._signature.bind(self.module, *args, **kwargs).arguments
+        return bound[self.text], None if self.pooled is None else bound.get(self.pooled)
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], turn: int, samples: int) -> Call:
         """The arguments of a denoiser call as a record; `samples` images are being made."""
         bound = self._signature.bind(self.module, *args, **kwargs).arguments
@@ -202,8 +211,8 @@ class Backbone:
             for index in range(len(self.paths(site.block))):
                 yield replace(site, index=index if site.block in self.blocks else None)
 
-    def locate(self, site: Site) -> tuple[nn.Module, Port | Attention]:
-        """The module of a site, and how the site's tensor is found there.
+    def place(self, site: Site) -> tuple[str, Port | Attention]:
+        """The path of a site's module, and how the site's tensor is found there.
 
         Raises:
             ValueError: if this backbone, or this model, has no such site.
@@ -216,4 +225,9 @@ class Backbone:
                 f"{type(self).__name__} has no site '{site}'; kinds: {', '.join(table)}"
                 + (f"; '{site.block}' has {len(paths)} blocks" if entry else "")
             )
-        return self.module.get_submodule(f"{paths[site.index or 0]}.{entry.module}".strip(".")), entry
+        return f"{paths[site.index or 0]}.{entry.module}".strip("."), entry
+
+    def locate(self, site: Site) -> tuple[nn.Module, Port | Attention]:
+        """The module of a site, and how the site's tensor is found there; it raises as `place` does."""
+        path, entry = self.place(site)
+        return self.module.get_submodule(path), entry

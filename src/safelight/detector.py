@@ -47,6 +47,11 @@ class Detector(Generic[Item]):
     reads: Literal["prompt", "picture"] = "prompt"
     """What its items are; a picture is [height, width, 3] in 0..255."""
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it sees a prompt's tokens as the pipeline's text encoders do, those of textual inversions too; else it sees words."""
+        return False
+
     def __call__(self, items: Sequence[Item]) -> Tensor:
         """Scores [batch], 0 safe … 1 unsafe."""
         raise NotImplementedError

@@ -18,6 +18,10 @@ class SafetyBypassed(SafelightError, RuntimeError):
     """A guard was attached and yet could not act; the images are withheld."""
 
 
+class UnjudgedImageWarning(UserWarning):
+    """Pictures go into a guarded pipeline, and no method of its guards looks at pictures."""
+
+
 class UnsupportedPipeline(SafelightError, TypeError):
     """A pipeline, or a setting of it, with which guards can't work."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .detector import Verdict
+from .errors import SafetyBypassed
 from .flow import Call, Embedding, Heads, Step
 from .run import Run
 from .site import Site
@@ -26,6 +27,8 @@ class Method:
     """Its place in the chain, 0 outermost."""
     confined_to: Collection[int] | None = None
     """The images it may act on, where a gate confines it; None: all."""
+    judges_images: bool = False
+    """Whether it looks at pictures: at those that go in, that are being made, or that leave."""
 
     @property
     def name(self) -> str:
@@ -35,9 +38,27 @@ class Method:
     def begin(self) -> None:
         """Called once the prompts are known, before they are encoded."""
 
+    def meet(self, further: Run) -> None:
+        """Called if prompts are encoded in the middle of the generation, as prompt schedules do; `further` has their texts.
+
+        Raises:
+            SafetyBypassed: if the method can't vouch for them; by default, if `begin` or `encode` told it of other prompts.
+        """
+        if type(self).begin is not Method.begin or type(self).encode is not Method.encode:
+            raise SafetyBypassed(
+                f"a prompt was encoded in the middle of the generation, and {self.name} can't follow it; the images are withheld"
+            )
+
+    def owed(self) -> Iterable[int]:
+        """The images that this method must have acted on by the end of the generation; by default those that it flagged."""
+        return self.run.flagged_by(self.position)
+
     def encode(self, prompts: list[str], encode: Callable[[list[str]], Embedding]) -> Embedding:
         """Wraps the text encoders."""
         return encode(prompts)
+
+    def take_in(self, images: Tensor) -> None:
+        """Called for pictures [pictures, 3, height, width] in -1..1 that the autoencoder is about to encode: sources, references."""
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Wraps the denoiser; may call it more than once. Returns the prediction for all rows."""
@@ -68,13 +89,18 @@ class Method:
         """Wraps the conversion of decoded images [batch, 3, height, width] in -1..1 to the pipeline's output type."""
         return decode(images)
 
-    def note(self, image: int, **facts: Any) -> None:
-        """Fills in this method's part of an image's record."""
-        if self.confined_to is not None and image not in self.confined_to:
+    def note(self, image: int, *, acted: bool = True, **facts: Any) -> None:
+        """Fills in this method's part of an image's record.
+
+        An `action` that is noted after `begin` counts as one that really happened, unless `acted` says that it is yet to come.
+        """
+        if (self.confined_to is not None and image not in self.confined_to) or self.run.preview:
             return
         action = self.run.action(self.position, image, self.name)
         for name, value in facts.items():
             setattr(action, name, value)
+        if acted and facts.get("action", "none") != "none":
+            self.run.note_acted(self.position, image)
 
     def note_verdict(self, image: int, verdict: Verdict) -> None:
         """Fills in what a detector said."""

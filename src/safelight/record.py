@@ -26,11 +26,30 @@ class Action:
 
 
 @dataclass
+class Negative:
+    """The negative prompt of one image, which steers it too."""
+
+    prompt: str | None
+    """None: it was given as an embedding."""
+    flagged: bool = False
+    """Whether a detector finds it unsafe. It is no fault of the image: whoever excludes knives names them."""
+    concept: str | None = None
+    score: float | None = None
+    left_out: bool = False
+    """Whether it was replaced by an empty one, so that it can't lead a flagged image back."""
+
+
+@dataclass
 class Record:
     """What was asked for one image, and what each method did about it, outermost first."""
 
     prompt: str | None
     actions: list[Action] = field(default_factory=list)
+    negative: Negative | None = None
+    read: list[str] = field(default_factory=list)
+    """What text encoders read in the prompt beyond what was typed: pieces after a typed end marker, learned words, a pipeline's own additions."""
+    unjudged: list[str] = field(default_factory=list)
+    """The arguments with pictures that went into it, and that no method looked at."""
 
     @property
     def flagged(self) -> bool:
@@ -44,4 +63,11 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary."""
-        return {"prompt": self.prompt, "flagged": self.flagged, "actions": [asdict(action) for action in self.actions]}
+        return {
+            "prompt": self.prompt,
+            "flagged": self.flagged,
+            "actions": [asdict(action) for action in self.actions],
+            "negative": None if self.negative is None else asdict(self.negative),
+            "read": self.read,
+            "unjudged": self.unjudged,
+        }

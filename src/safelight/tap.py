@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,102 +20,181 @@ from .errors import SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Heads, put
 from .method import Method
 from .site import Attention, Port, Site, Stream
-from .wrapping import wrap
+from .wrapping import seam
+
+
+class Hook:
+    """A PyTorch hook that belongs to a guard; a copy of it, in a copied module, refuses to run."""
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> Any:
+        return self._act(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(_refuse_copied)
+
+
+def _refuse_copied(*_: Any) -> Any:
+    raise SafetyBypassed(
+        "this is a copy of a guarded denoiser, without its guard; copy the pipeline, or copy the denoiser before it is guarded"
+    )
+
+
+@dataclass
+class _Tap:
+    """One site that methods want to be called at."""
+
+    site: Site
+    path: str
+    module: nn.Module
+    entry: Port | Attention
+    methods: list[int]
+    """Their places in the chain, outermost first."""
+
+
+@dataclass
+class _Watch:
+    """One call of the denoiser, on one thread."""
+
+    call: Call
+    chain: Sequence[Method]
+    passed: Counter[int]
 
 
 class Taps:
-    """All taps of one guard. Each denoiser call must pass each of them exactly once."""
+    """All taps of one guarded pipeline. Each denoiser call must pass each of them exactly once."""
 
-    def __init__(self, backbone: Backbone, stack: ExitStack) -> None:
-        self._backbone, self._stack = backbone, stack
-        self._sites: list[Site] = []
-        self._methods: dict[Site, list[Callable[[], Method]]] = {}
-        self._passed: Counter[int] = Counter()
-        self._call: Call | None = None
+    def __init__(self, backbone: Backbone, anybody: Callable[[], bool]) -> None:
+        """`anybody` tells whether a guarded pipeline generates on this thread, be it another one on the same denoiser."""
+        self._backbone, self._anybody = backbone, anybody
+        self._taps: dict[Site, _Tap] = {}
+        self._local = threading.local()
+        self._undo = ExitStack()
 
-    def add(self, address: Site | str, method: Callable[[], Method]) -> None:
-        """Leads a site to a method's `edit` or `attend`; methods that share a site are called in the order in which they came."""
+    def add(self, address: Site | str, position: int) -> None:
+        """Leads a site to the `edit` or `attend` of the method at a place of the chain; those that share a site are called in that order."""
         site = Site.parse(address)
-        if site in self._methods:
-            self._methods[site].append(method)
-            return
-        module, entry = self._backbone.locate(site)
-        tap = len(self._sites)
-        if isinstance(entry, Port):
-            self._tap_port(tap, site, module, entry)
-        else:
-            self._tap_attention(tap, site, module, entry)
-        self._sites.append(site)
-        self._methods[site] = [method]
+        if site not in self._taps:
+            path, entry = self._backbone.place(site)
+            module = self._backbone.module.get_submodule(path)
+            if isinstance(entry, Attention):
+                _check_backend(module, site)
+            self._taps[site] = _Tap(site, path, module, entry, [])
+        self._taps[site].methods.append(position)
+
+    def attach(self) -> Taps:
+        """Hooks the modules."""
+        for index, tap in enumerate(self._taps.values()):
+            if isinstance(tap.entry, Port):
+                self._tap_port(index, tap, tap.entry)
+            else:
+                self._tap_attention(index, tap, tap.entry)
+        return self
+
+    def remove(self) -> None:
+        """Unhooks them."""
+        self._undo.close()
+
+    def stale(self) -> bool:
+        """Whether another module stands where one was hooked: peft puts a LoRA's in the place of a linear layer."""
+        return any(self._backbone.module.get_submodule(tap.path) is not tap.module for tap in self._taps.values())
 
     @contextmanager
-    def watching(self, call: Call) -> Iterator[None]:
+    def watching(self, call: Call, chain: Sequence[Method]) -> Iterator[None]:
         """Around one call of the denoiser.
 
         Raises:
             SafetyBypassed: if a tap was not passed exactly once.
         """
-        self._call, self._passed = call, Counter()
+        watch = self._local.watch = _Watch(call, chain, Counter())
         try:
             yield
         finally:
-            self._call = None
-        for tap, site in enumerate(self._sites):
-            if self._passed[tap] != 1:
+            self._local.watch = None
+        for index, site in enumerate(self._taps):
+            if watch.passed[index] != 1:
                 raise SafetyBypassed(
-                    f"the site '{site}' was passed {self._passed[tap]} times in one denoiser call instead of once; is a block skipped or "
+                    f"the site '{site}' was passed {watch.passed[index]} times in one denoiser call instead of once; is a block skipped or "
                     "cached, or an attention backend in use that bypasses PyTorch's scaled_dot_product_attention?"
                 )
 
-    def _pass(self, tap: int) -> Call:
-        if self._call is None:
-            raise SafetyBypassed("a block of the denoiser ran outside a guarded call; remove the guard first")
-        self._passed[tap] += 1
-        return self._call
+    # What hooks of two guarded pipelines on one denoiser do: each minds the calls of its own pipeline.
 
-    def _tap_port(self, tap: int, site: Site, module: nn.Module, port: Port) -> None:
-        assert site.stream is not None
-        stream: Stream = site.stream
+    def since(self) -> int | None:
+        """See `Seam`: an attention belongs to the pipeline whose denoiser call is under way on this thread."""
+        return None if self._watch is None else 0
+
+    @property
+    def _watch(self) -> _Watch | None:
+        return getattr(self._local, "watch", None)
+
+    def _mine(self) -> _Watch | None:
+        """This pipeline's denoiser call on this thread; None if it is another guarded pipeline's.
+
+        Raises:
+            SafetyBypassed: if it is nobody's.
+        """
+        watch = self._watch
+        if watch is None and not self._anybody():
+            raise SafetyBypassed("a block of the denoiser ran outside a guarded call; remove the guard first")
+        return watch
+
+    def _tap_port(self, index: int, tap: _Tap, port: Port) -> None:
+        assert tap.site.stream is not None
+        stream: Stream = tap.site.stream
 
         def edit(tensor: Tensor | None) -> Tensor | None:
-            call = self._pass(tap)
+            watch = self._mine()
+            if watch is None:
+                return tensor
+            watch.passed[index] += 1
+            call = watch.call
             if tensor is None or not call.conditional:
                 return tensor
             window = (call.cond, call.layout.span(stream, port.streams))
             tokens = tensor[window]
             edited = tokens
-            for method in self._methods[site]:
-                edited = method().edit(site, edited)
+            for position in tap.methods:
+                edited = watch.chain[position].edit(tap.site, edited)
             return tensor if edited is tokens else put(tensor, window, edited)
 
         if port.side == "input":
-            handle = module.register_forward_pre_hook(lambda _, args: _change(args, port.slot, edit))
+            handle = tap.module.register_forward_pre_hook(Hook(lambda _, args: _change(args, port.slot, edit)))
         else:
-            handle = module.register_forward_hook(lambda _, args, output: _change(output, port.slot, edit))
-        self._stack.callback(handle.remove)
+            handle = tap.module.register_forward_hook(Hook(lambda _, args, output: _change(output, port.slot, edit)))
+        self._undo.callback(handle.remove)
 
-    def _tap_attention(self, tap: int, site: Site, module: nn.Module, entry: Attention) -> None:
-        backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
-        if backend is not None and "native" not in str(getattr(backend, "value", backend)):
-            raise UnsupportedPipeline(f"the attention backend {backend!r} can't be guarded at '{site}'; use the native one")
-
+    def _tap_attention(self, index: int, tap: _Tap, entry: Attention) -> None:
         def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if not self._wanted(site):
-                self._pass(tap)
+            watch = self._watch
+            assert watch is not None
+            if not self._wanted(watch, tap):
+                watch.passed[index] += 1
                 return original(*args, **kwargs)
-            with _Interception(lambda compute, q, k, v: self._attend(tap, site, entry, compute, q, k, v)):
+            with _Interception(lambda compute, q, k, v: self._attend(watch, index, tap, entry, compute, q, k, v)):
                 return original(*args, **kwargs)
 
-        wrap(self._stack, module, "forward", around)
+        def outside(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._mine()  # raises if nobody generates
+            return original(*args, **kwargs)
 
-    def _wanted(self, site: Site) -> bool:
+        there = seam(tap.module, "forward")
+        there.add(self, around, outside)
+        self._undo.callback(there.drop, self)
+
+    @staticmethod
+    def _wanted(watch: _Watch, tap: _Tap) -> bool:
         """Whether any method has something to do at an attention; if none has, nothing is intercepted, which costs nothing."""
-        return self._call is None or (self._call.conditional and any(method().attends for method in self._methods[site]))
+        return watch.call.conditional and any(watch.chain[position].attends for position in tap.methods)
 
     def _attend(
-        self, tap: int, site: Site, entry: Attention, compute: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
-        call = self._pass(tap)
+        self, watch: _Watch, index: int, tap: _Tap, entry: Attention,
+        compute: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
+    ) -> Tensor:  # fmt: skip
+        watch.passed[index] += 1
+        call = watch.call
         if not call.conditional:
             return compute(query, key, value, None, None)
         heads = Heads(query[call.cond], key[call.cond], value[call.cond], self._spans(call, entry.queries), self._spans(call, entry.keys))
@@ -132,8 +213,8 @@ class Taps:
             return compute(changed.query, changed.key, changed.value, changed.bias, rows)
 
         chain: Callable[[Heads], Tensor] = base
-        for method in reversed(self._methods[site]):
-            chain = functools.partial(_attend_through, method(), site, chain)
+        for position in reversed(tap.methods):
+            chain = functools.partial(_attend_through, watch.chain[position], tap.site, chain)
         attended = chain(heads)
         if whole and attended is whole[1]:
             return whole[0]
@@ -170,6 +251,12 @@ class _Interception(TorchFunctionMode):
         return self._handle(compute, query, key, value)
 
 
+def _check_backend(module: nn.Module, site: Site) -> None:
+    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    if backend is not None and "native" not in str(getattr(backend, "value", backend)):
+        raise UnsupportedPipeline(f"the attention backend {backend!r} can't be guarded at '{site}'; use the native one")
+
+
 def _joined(mask: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor | None:
     """The pipeline's attention mask and a method's bias in one."""
     if bias is None or mask is None:
@@ -190,4 +277,4 @@ def _change(values: Any, slot: int, edit: Callable[[Tensor | None], Tensor | Non
     return values if changed is values[slot] else (*values[:slot], changed, *values[slot + 1 :])
 
 
-__all__ = ["Taps"]
+__all__ = ["Hook", "Taps"]

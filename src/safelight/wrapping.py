@@ -1,105 +1,137 @@
-"""Wrapping bound methods on one instance, and undoing it."""
+"""Wrapping bound methods on one instance: shared by all guards that reach the instance, undone in any order, whole in a copy."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
 import threading
-import time
+import types
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from copy import deepcopy
+from typing import Any, Protocol
+
+from .errors import SafetyBypassed
 
 
 class ForeignWrapperWarning(UserWarning):
     """Somebody wrapped a function after the guard did; the guard steps aside but can't take its wrapper out."""
 
 
-def wrap(stack: ExitStack, owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Replaces a bound method on one instance by `around(original, *args, **kwargs)`; `stack` puts it back.
+class Attached(Protocol):
+    """Who wraps a function."""
 
-    The wrapper keeps the signature, which pipelines inspect. If it was itself wrapped by the time `stack` unwinds, it stays where
-    it is, calls the original, and a warning says so.
+    def since(self) -> int | None:
+        """When its generation on this thread began, in nanoseconds of some clock; None: it has none that is alive."""
+        ...
 
-    Returns:
-        A function that puts the wrapper on again, should somebody have restored what was there before it.
+
+Around = Callable[..., Any]
+
+
+class Seam:
+    """Stands in for a bound method of one instance. It hands each call to whoever has a generation on the calling thread.
+
+    Two guarded pipelines may share a denoiser: then its `forward` has one seam with two handlers, and each call belongs to the pipeline that
+    generates on this thread, the innermost if one generates inside another. A call that belongs to nobody goes to `outside`.
     """
-    original = getattr(owner, name)
-    before = vars(owner).get(name)
-    attached = True
 
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs) if attached else original(*args, **kwargs)
+    __slots__ = ("__dict__", "_handlers", "_owner", "before", "lock", "name", "original", "part_of_a_pipeline")
 
-    def undo() -> None:
-        nonlocal attached
-        attached = False
-        if vars(owner).get(name) is not wrapper:
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self.name = owner, name
+        self.original: Callable[..., Any] = getattr(owner, name)
+        self.before = vars(owner).get(name)
+        self._handlers: list[tuple[Attached, Around, Around | None]] = []
+        self.lock = threading.RLock()
+        """For whoever must not use the owner while another thread does."""
+        self.part_of_a_pipeline = False
+        """Whether the owner may be copied only as a part of its pipeline, whose copy is guarded too."""
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._handlers:
+            return self.original(*args, **kwargs)
+        chosen = self._chosen()
+        return self.original(*args, **kwargs) if chosen is None else chosen(self.original, *args, **kwargs)
+
+    def _chosen(self) -> Around | None:
+        alive = [(began, around) for who, around, _ in self._handlers if (began := who.since()) is not None]
+        if alive:
+            return max(alive, key=lambda one: one[0])[1]
+        return next((outside for _, _, outside in self._handlers if outside is not None), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody generates on this thread."""
+        return any(who.since() is not None for who, _, _ in self._handlers)
+
+    @property
+    def intact(self) -> bool:
+        """Whether calls of the owner's method still come through here."""
+        return _contains(getattr(self._owner, self.name), self)
+
+    def add(self, who: Attached, around: Around, outside: Around | None = None) -> None:
+        """Calls `around(original, *args, **kwargs)` while `who` generates, and `outside(...)` while nobody does (None: the original)."""
+        self._handlers.append((who, around, outside))
+
+    def drop(self, who: Attached) -> None:
+        """Takes a handler away; with the last one the seam goes, unless somebody has wrapped it: then it stays, does nothing, and a warning says so."""
+        self._handlers = [handler for handler in self._handlers if handler[0] is not who]
+        if self._handlers:
+            return
+        if vars(self._owner).get(self.name) is not self:
             warnings.warn(
-                f"{type(owner).__name__}.{name} was replaced after the guard was attached; the guard is inactive now, but its "
+                f"{type(self._owner).__name__}.{self.name} was replaced after the guard was attached; the guard is inactive now, but its "
                 "empty wrapper stays until the other one is removed",
                 ForeignWrapperWarning,
                 stacklevel=2,
             )
-        elif before is None:
-            delattr(owner, name)
+        elif self.before is None:
+            delattr(self._owner, self.name)
         else:
-            setattr(owner, name, before)
+            setattr(self._owner, self.name, self.before)
 
-    def renew() -> None:
-        nonlocal original, before
-        current = getattr(owner, name)
-        if not _contains(current, wrapper):
-            original, before = current, vars(owner).get(name)
-            setattr(owner, name, wrapper)
+    def renew(self) -> None:
+        """Puts the seam on again, should somebody have restored what was there before it."""
+        if not self.intact:
+            self.original, self.before = getattr(self._owner, self.name), vars(self._owner).get(self.name)
+            setattr(self._owner, self.name, self)
 
-    setattr(owner, name, wrapper)
-    stack.callback(undo)
-    return renew
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What stood here before, for the copy of the owner: a copy must not call the original's functions."""
+        owner = memo.get(id(self._owner))
+        alone = self.part_of_a_pipeline and not any(id(getattr(who, "pipe", None)) in memo for who, _, _ in self._handlers)
+        if owner is None or alone:
+            raise SafetyBypassed(
+                f"{type(self._owner).__name__}.{self.name} is guarded and can't be copied alone; copy the pipeline, whose copy is guarded too"
+            )
+        if self.before is not None and not isinstance(self.before, Seam):
+            return deepcopy(self.before, memo)
+        return types.MethodType(getattr(type(owner), self.name), owner)
+
+    def __reduce__(self) -> Any:
+        raise SafetyBypassed(
+            f"{type(self._owner).__name__} is guarded and can't be pickled; remove the guard first, and attach one after loading"
+        )
 
 
-def _contains(function: Any, wrapper: Callable[..., Any]) -> bool:
-    """Whether a function is the wrapper, or was wrapped around it (with `functools.wraps`)."""
+def seam(owner: Any, name: str) -> Seam:
+    """The seam at a bound method of an instance, made if there is none."""
+    there = vars(owner).get(name)
+    if isinstance(there, Seam):
+        return there
+    made = Seam(owner, name)
+    setattr(owner, name, made)
+    return made
+
+
+def _contains(function: Any, wanted: Any) -> bool:
+    """Whether a function is the wanted one, or was wrapped around it (with `functools.wraps`)."""
     while function is not None:
-        if function is wrapper:
+        if function is wanted:
             return True
         function = getattr(function, "__wrapped__", None)
     return False
 
 
-class Turnstile:
-    """Lets one generation at a time into a pipeline, whose scheduler holds state.
-
-    A generation announces its beginning and its end, but not its death by an exception. So a thread that waits looks whether the
-    owner is still inside the pipeline; if not, the place is free.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self._code = inspect.unwrap(type(pipe).__call__).__code__
-        self._owner: int | None = None
-        self._mutex = threading.Lock()
-
-    def enter(self, poll: float = 0.02) -> None:
-        """Waits until no other thread is generating."""
-        while True:
-            with self._mutex:
-                if self._owner in (None, threading.get_ident()) or not self._inside(self._owner):
-                    self._owner = threading.get_ident()
-                    return
-            time.sleep(poll)
-
-    def leave(self) -> None:
-        """Lets the next one in."""
-        with self._mutex:
-            self._owner = None
-
-    def _inside(self, thread: int | None) -> bool:
-        frame = sys._current_frames().get(thread or 0)
-        while frame is not None:
-            if frame.f_code is self._code:
-                return True
-            frame = frame.f_back
-        return False
+__all__ = ["Attached", "ForeignWrapperWarning", "Seam", "seam"]

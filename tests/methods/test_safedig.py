@@ -16,7 +16,7 @@ from safelight.backbone import Backbone
 from safelight.bank import Pair
 from safelight.bundle import load, save
 from safelight.dictionary import Dictionary
-from safelight.errors import ArtefactError
+from safelight.errors import ArtefactError, SafetyBypassed
 from safelight.generator import Generator
 from safelight.methods.safedig import SafeDIG
 from safelight.nets.sae import SAE, Decoder
@@ -94,10 +94,12 @@ def test_without_strength_nothing_changes(kind: str, fitted: Any) -> None:
             assert torch.equal(sample(pipe, [*UNSAFE]), expected)
 
 
-def test_an_empty_window_changes_nothing(flux: Any, fitted: Any) -> None:
-    expected = sample(flux, UNSAFE[0])
-    with guard(flux, SafeDIG(dictionaries=fitted(flux), after=0.5, until=0.5)):
-        assert torch.equal(sample(flux, UNSAFE[0]), expected)
+def test_an_empty_window_is_told_where_there_is_something_to_do(flux: Any, fitted: Any) -> None:
+    with (
+        guard(flux, SafeDIG(dictionaries=fitted(flux), after=0.5, until=0.5)),
+        pytest.raises(SafetyBypassed, match="did nothing about image 0"),
+    ):
+        sample(flux, UNSAFE[0])
 
 
 def test_steering_begins_with_its_window(flux: Any, fitted: Any) -> None:

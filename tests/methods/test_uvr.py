@@ -19,7 +19,7 @@ from safelight.anchors import Anchors, fingerprint
 from safelight.attach import Guard
 from safelight.backbone import Backbone
 from safelight.compose import build, call_settings, load_pipeline
-from safelight.errors import UnsupportedPipeline
+from safelight.errors import SafetyBypassed, UnsupportedPipeline
 from safelight.evaluation.case import Case
 from safelight.flow import Call, Heads, Step
 from safelight.generator import Generator
@@ -333,11 +333,13 @@ def test_every_resolution_and_text_length(name: str) -> None:
 
 def test_small_and_superfluous_components_are_dropped(flux: Any) -> None:
     sizes = []
-    for fields in ({}, {"components": 1}, {"cover": 0.01}, {"least": 1.0}):
+    for fields in ({}, {"components": 1}, {"cover": 0.01}):
         with guard(flux, uvr("flux", 1.05, **fields)) as handle:
             sample(flux, UNSAFE[0], steps=1, guided=False)
         sizes.append(sum(map(sum, handle.records[0].actions[0].mask or [])))
-    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == 0
+    assert sizes[0] > sizes[1] == sizes[2] > 0
+    with guard(flux, uvr("flux", 1.05, least=1.0)), pytest.raises(SafetyBypassed, match=r"did nothing about image 0 \(no component"):
+        sample(flux, UNSAFE[0], steps=1, guided=False)
 
 
 def test_unets_are_refused(sd: Any) -> None:

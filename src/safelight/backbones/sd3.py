@@ -20,6 +20,7 @@ class SD3(Backbone):
     encoded = ("text", "negative_text", "pooled", "negative_pooled")
     prompts = ("prompt", "prompt_2", "prompt_3")
     tokenizers = ("tokenizer", "tokenizer_3")
+    calls = 2  # the second is skip-layer guidance's
     blocks = {"joint": "transformer_blocks.*"}
     ports = {
         "prompt:text": Port("context_embedder", "input", 0, ("text",)),

@@ -46,6 +46,10 @@ class Neighbours(Detector[str]):
         if self.calibration is None and self.bank.calibration is not None and self.threshold == 0.5:
             self.calibration, self.threshold = self.bank.calibration, self.bank.calibration.threshold
 
+    @property
+    def reads_tokens(self) -> bool:
+        return self.encoder is None
+
     def within(self, context: Context) -> Self:
         """Uses the pipeline's text encoder, unless the detector has its own."""
         if self.encoder is not None:

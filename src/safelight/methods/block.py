@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..detector import Detector
 from ..flow import Embedding
 from ..method import Method
+from ..pictures import greyed
+from ..run import Run
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,6 +34,10 @@ class Block(Method):
             if verdict.flagged:
                 self.note(image, action="refused", strength=1.0)
 
+    def meet(self, further: Run) -> None:
+        """Judges prompts that come late."""
+        further.refuse_unsafe(self.detector, self.name)
+
     def encode(self, prompts: list[str], encode: Callable[[list[str]], Embedding]) -> Embedding:
         """Empties flagged prompts: nothing unsafe is even begun."""
         copies = max(1, self.run.images // max(1, len(prompts)))
@@ -41,7 +46,6 @@ class Block(Method):
 
     def decode(self, images: Tensor, decode: Callable[[Tensor], Any]) -> Any:
         """Greys out flagged pictures."""
-        if self.flagged:
-            images = images.clone()
-            images[self.flagged] = torch.zeros((), dtype=images.dtype, device=images.device)
-        return decode(images)
+        for image in self.flagged:
+            self.note(image, action="refused")
+        return decode(greyed(images, self.flagged))

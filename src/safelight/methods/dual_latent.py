@@ -15,6 +15,7 @@ from ..branch import Branch
 from ..detector import Detector, Verdict
 from ..flow import Call, Step, put
 from ..method import Method
+from ..run import Run
 from ..safe_guidance import Arithmetic, InContext, SafeGuidance
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -69,13 +70,14 @@ class DualLatent(Method):
         if self.coupling == "free":
             self.branch = Branch(self.run, None, self.flagged)
 
+    def meet(self, further: Run) -> None:
+        """Judges prompts that come late."""
+        further.refuse_unsafe(self.detector, self.name)
+
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Follows safe guidance in the flagged rows; while blending, also the prompt."""
         if not self.flagged:
             return denoise(call)
-        if self.run.index == 0:
-            for image in self.flagged:
-                self.note(image, steps=(0, self.run.total))
         noise = denoise(self._led(call))
         if self.blending and self.branch is not None:
             self.branch.denoise(call, noise, denoise)
@@ -110,6 +112,8 @@ class DualLatent(Method):
         """The call with safe guidance in the flagged conditional rows."""
         if not call.conditional:
             return call
+        for image in self.flagged:
+            self.note(image, action="reconstructed", steps=(0, self.run.total))
         own = call.text[call.cond]
         text = put(own, self.flagged, self.safe.text.to(own))
         pooled = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..flow import Call, Step, put
 from ..method import Method
+from ..run import Run
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,6 +29,9 @@ class NegativePrompt(Method):
         """Encodes the words."""
         self.embedding = self.run.encode(self.words)
         self.acted = False
+
+    def meet(self, further: Run) -> None:
+        """It guides away from its own words, whatever the prompt."""
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Puts the words where the pipeline has its own negative prompt."""

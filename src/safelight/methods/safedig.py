@@ -15,6 +15,7 @@ from ..dictionary import Dictionary, Operator, top_features
 from ..errors import ArtefactError
 from ..flow import put
 from ..method import Method
+from ..run import Run
 from ..site import Site
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -27,7 +28,7 @@ NAMED = 5
 class SafeDIG(Method):
     """Steers activations by a sparse dictionary whose encoder is frozen and whose decoder was adapted to the risk.
 
-    Our variant of SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049); `near_published` is closer to the paper. With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
+    Our variant of SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
     Repel is a′ = a - γ (M ⊙ z) W_dec with M the harmful features. A picture whose harmful features stay below a calibrated threshold
     is left alone.
     """
@@ -37,8 +38,8 @@ class SafeDIG(Method):
     operator: Literal["routed", "blend", "repel"] = "routed"
     """What is done; by default what routing chose for each position."""
     mode: Literal["residual", "paper"] = "residual"
-    """`residual` adds what changes, so that reconstruction errors stay out. `paper`, near the paper's: a′ = (1 - β) a + β D_adapted(E(a)),
-    and a′ = a - γ (D_adapted(M ⊙ z) - a), where the paper repels twice: at the source, then at the target."""
+    """`residual` adds what changes, so that reconstruction errors stay out. `paper`: a′ = (1 - β) a + β D_adapted(E(a)), and
+    a′ = a - γ (D_adapted(M ⊙ z) - a), where the paper has the source's decoder first."""
     beta: Strength = 1.0
     """The strength of Blend; published: 0.2 for FLUX, 1.5 for SD 3.5."""
     gamma: Strength = 1.0
@@ -58,11 +59,10 @@ class SafeDIG(Method):
 
     @classmethod
     def near_published(cls, dictionaries: Iterable[Dictionary], *, beta: float = 0.2, gamma: float = 0.2) -> SafeDIG:
-        """Near the published method, not equal to it: no gate, operators near the paper's, and its strengths (β = 1.5 for SD 3.5).
+        """The nearest that this class comes to the method as published: no gate, and the paper's operators and strengths (β = 1.5 for SD 3.5).
 
-        - Repel is applied once, with one γ, by the adapted decoder (published: twice, at the source with 0.1, then at the target with 0.2).
-        - Dictionaries of `safelight train safedig` have a decoder that learned to repair (published: to reconstruct; no command does that).
-        - Their positions were routed by a score of ours in the place of S_bind.
+        It differs in the decoders, which are as given (published: trained to reconstruct; `safelight train safedig` trains them to repair), and
+        in Repel, which the paper applies twice, with the source's decoder (γ = 0.1) and the target's (0.2); here it is one, with the adapted decoder.
         """
         return cls(dictionaries=tuple(dictionaries), mode="paper", beta=beta, gamma=gamma, gated=False)
 
@@ -82,6 +82,16 @@ class SafeDIG(Method):
         for dictionary in self.dictionaries:
             dictionary.check(backbone, transfer=self.transfer)
         return found
+
+    def meet(self, further: Run) -> None:
+        """It looks at activations, whatever the prompt."""
+
+    def owed(self) -> Iterable[int]:
+        """Those whose features fired; without a gate, every image that it isn't kept from, if it is to steer at all."""
+        if self.gated:
+            return super().owed()
+        wanted = any(self.beta if self._operator(dictionary) == "blend" else self.gamma for dictionary in self.dictionaries)
+        return [image for image in range(self.run.images) if wanted and (self.confined_to is None or image in self.confined_to)]
 
     def begin(self) -> None:
         """Nothing is known yet."""
@@ -105,9 +115,12 @@ class SafeDIG(Method):
         everyone = len(rows) == len(tokens)
         own = tokens if everyone else tokens[rows]
         changed = self._steered(dictionary, own)
-        if not self.gated:
-            for row in rows:
-                self._note(images[row], index, dictionary)
+        for row in rows:
+            image = images[row]
+            assert image is not None
+            if not self.gated:
+                self._note(image, index, dictionary)
+            self.run.note_acted(self.position, image)
         return changed if everyone else put(tokens, rows, changed)
 
     def _dictionary(self, site: Site, tokens: Tensor) -> Dictionary:
@@ -152,12 +165,11 @@ class SafeDIG(Method):
         self.note(image, note=f"features {', '.join(map(str, fired))} at {dictionary.site}")
         self._note(image, self.run.index, dictionary)
 
-    def _note(self, image: int | None, index: int, dictionary: Dictionary) -> None:
-        assert image is not None
+    def _note(self, image: int, index: int, dictionary: Dictionary) -> None:
         operator = self._operator(dictionary)
         start = max(index, round(self.after * self.run.total))
         self.note(
-            image, action="blended" if operator == "blend" else "repelled", steps=(start, round(self.until * self.run.total)),
+            image, acted=False, action="blended" if operator == "blend" else "repelled", steps=(start, round(self.until * self.run.total)),
             strength=self.beta if operator == "blend" else self.gamma,
         )  # fmt: skip
 

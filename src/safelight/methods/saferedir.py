@@ -16,6 +16,7 @@ from ..flow import Call
 from ..method import Method
 from ..nets.redirector import Aim, Judgement, redirect
 from ..redirector import Redirector
+from ..run import Run
 from ..site import Site
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -38,7 +39,7 @@ class _Prompt:
 class SafeRedir(Method):
     """Redirects the prompt's embedding, token by token, while latents, timestep and prompt together look unsafe.
 
-    Our variant of SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623); `near_published` is closer to its released code. Before a denoiser call a small network reads latents z, prompt p and
+    Our variant of SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623). Before a denoiser call a small network reads latents z, prompt p and
     timestep t. If it finds them unsafe, p̂ = p + s · α · m/max(m) ⊙ Δ/‖Δ‖ ⊙ ‖p‖ (per token) replaces p, and the next K steps are not checked.
     """
 
@@ -65,11 +66,9 @@ class SafeRedir(Method):
 
     @classmethod
     def near_published(cls, redirectors: Sequence[Redirector]) -> SafeRedir:
-        """Near the released code, known defects included, not equal to it; also use it with redirectors of the `official` architecture.
+        """The nearest that this class comes to the released code; also use it with redirectors of the `official` architecture.
 
-        Its first redirection is the released code's. From the second on, the released code moves the prompt that was moved before (p̂),
-        and this one the original (p): over 20 steps that are always unsafe they differ by up to 2.1e-2, where the whole effect is 3.4e-2.
-        A checkpoint that came through `safelight convert` is in half precision besides: its mask differs by up to 9.2e-3.
+        It differs from the second redirection on: the released code aims from the redirected embedding p̂, this one from the prompt's own p.
         """
         return cls(
             redirectors=tuple(redirectors),
@@ -93,6 +92,9 @@ class SafeRedir(Method):
         for redirector in self.redirectors:
             redirector.check(backbone)
         return ()
+
+    def meet(self, further: Run) -> None:
+        """It looks at embeddings as they come."""
 
     def begin(self) -> None:
         """Nothing is known yet."""
@@ -224,6 +226,7 @@ class SafeRedir(Method):
         pooled = None if call.pooled is None else call.pooled.clone()
         for row, prompt, moved in chosen:
             text[call.cond.start + row] = moved[0]
+            self.run.note_acted(self.position, call.samples[row])
             if pooled is not None and moved[1] is not None:
                 pooled[call.cond.start + row] = moved[1]
             if self.unconditional and call.cond.start:
@@ -257,7 +260,7 @@ class SafeRedir(Method):
         action = self.run.action(self.position, image, self.name)
         first = self.run.index + int(self.late)
         steps = (action.steps[0] if action.steps else first, self.run.total)
-        self.note(image, action="redirected", steps=steps, strength=max(strength, action.strength or 0.0))
+        self.note(image, acted=False, action="redirected", steps=steps, strength=max(strength, action.strength or 0.0))
         self.run.record("redirected", image=image, strength=round(strength, 4))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..flow import Call, Embedding, put
 from ..method import Method
+from ..run import Run
 
 Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 class _Preset(NamedTuple):
-    warmup: int
+    warmup: float
     scale: float
     threshold: float
     momentum: float
@@ -25,11 +26,12 @@ class _Preset(NamedTuple):
 
 
 PRESETS = {
-    "weak": _Preset(15, 20, 0.0, 0.0, 0.0),
-    "medium": _Preset(10, 1000, 0.01, 0.3, 0.4),
-    "strong": _Preset(7, 2000, 0.025, 0.5, 0.7),
-    "max": _Preset(0, 5000, 1.0, 0.5, 0.7),
+    "weak": _Preset(0.3, 20, 0.0, 0.0, 0.0),
+    "medium": _Preset(0.2, 1000, 0.01, 0.3, 0.4),
+    "strong": _Preset(0.14, 2000, 0.025, 0.5, 0.7),
+    "max": _Preset(0.0, 5000, 1.0, 0.5, 0.7),
 }
+"""The paper's four, whose warm-up of 15, 10, 7 and 0 steps is a share of its 50."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,8 +47,8 @@ class SLD(Method):
     """What should not be in the picture, in words."""
     scale: Annotated[float, Ge(0)] = PRESETS["medium"].scale
     """s_S: how strongly differences count."""
-    warmup: Annotated[int, Ge(0)] = PRESETS["medium"].warmup
-    """δ: so many first steps are not changed."""
+    warmup: Share = PRESETS["medium"].warmup
+    """δ: this share of the steps, the first ones, is not changed; published: 10 of 50 steps."""
     threshold: float = PRESETS["medium"].threshold
     """λ: an entry is changed where the prompt's prediction exceeds the concept's by less."""
     momentum: Share = PRESETS["medium"].momentum
@@ -64,6 +66,13 @@ class SLD(Method):
         self.embedding, self.empty = self.run.encode(self.concept), self.run.encode("")
         self.past: dict[int, Tensor] = {}
 
+    def meet(self, further: Run) -> None:
+        """It guides away from its concept, whatever the prompt."""
+
+    def owed(self) -> Iterable[int]:
+        """Every image that it isn't kept from."""
+        return [image for image in range(self.run.images) if self.scale and (self.confined_to is None or image in self.confined_to)]
+
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Changes the conditional rows' predictions."""
         noise = denoise(call)
@@ -78,10 +87,11 @@ class SLD(Method):
         plain = noise[rows - call.cond.start] if call.cond.start else denoise(self._with(own, self.empty))
         images = [call.samples[place] for place in chosen]
         guidance = self._guidance(images, noise[rows], concept, plain)
-        if self.run.index < self.warmup:
+        first = round(self.warmup * self.run.total)
+        if self.run.index < first:
             return noise
         for image in images:
-            self.note(image, action="guided away", steps=(self.warmup, self.run.total), strength=self.scale)
+            self.note(image, action="guided away", steps=(first, self.run.total), strength=self.scale)
         return put(noise, rows, noise[rows] - guidance)
 
     def _guidance(self, images: list[int], prompt: Tensor, concept: Tensor, plain: Tensor) -> Tensor:

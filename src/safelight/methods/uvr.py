@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..anchors import Anchors
 from ..backbone import Backbone
-from ..errors import UnsupportedPipeline
+from ..errors import SafetyBypassed, UnsupportedPipeline
 from ..flow import Call, Heads, Step, put
 from ..localisation import Finds, Memory
 from ..masks import clean, dilate, resize
 from ..method import Method
 from ..regulation import Group, regulate
+from ..run import Run
 from ..site import Site
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -30,8 +31,7 @@ ATTENTIONS = ("joint.attention", "single.attention")
 class UVR(Method):
     """Locates unsafe semantics in the joint attention of an MM-DiT, and regulates it there, in generation and editing alike.
 
-    Our variant of UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875); `near_published` is closer
-    to the paper, and says what still differs. Image tokens whose attention output at a
+    Our variant of UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
     probe looks like an unsafe concept's anchors, s(n) = out(n)·ō > τ, form a mask (its *core*, and a *ring* around it). There,
     O(i) = (1 - a) Σ_j λ(i,j) A(i,j) V(j) + a ε: λ scales what text and reference tokens pass on, ε is noise. An empty mask changes nothing.
     """
@@ -81,17 +81,11 @@ class UVR(Method):
 
     @classmethod
     def near_published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
-        """Near the published method, not equal to it: noise for generation, value scaling for editing, both while σ ≥ 0.85.
+        """The nearest that this class comes to the method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85.
 
-        Given the mask, attention and noise follow the published formulas. The mask itself differs from the released code's:
-
-        - components are kept until 30 % of the image's *area* is covered (released: of the softmax *mass*);
-        - an edit's ring is one token wide (released: a 7 x 7 ellipse twice, about 6 tokens of 64);
-        - small components stay (released: minimum areas), and the clean-up uses a square (released: a cross);
-        - the boost of 1.05 is applied only where there is a mask (released: in any case).
-
-        Published anchors are raw means of the last step with a probed τ. Give such anchors; with whitened ones, as the testbed's are, it
-        is farther from the paper.
+        It differs in the anchors (published: raw means of the last step, τ probed; these are as given), keeps components by the area of the image
+        (published: by softmax mass), has no minimum areas, takes a ring of one token (published: a 7 x 7 ellipse, twice) with a square, and boosts
+        only where there is a mask.
         """
         common = cls(
             anchors=anchors, sigma=0.85, localise=1.0, memory="latest", text=1.0, renormalise=False, guidance=None, reference=0.2,
@@ -120,11 +114,36 @@ class UVR(Method):
             yield from (site for site in every if str(site) != self.anchors.site)
         yield from backbone.sites(*kinds)
 
+    judges_images = True
+
+    def meet(self, further: Run) -> None:
+        """It looks at what is drawn, whatever the prompt."""
+
+    def owed(self) -> Iterable[int]:
+        """Those in which it found something.
+
+        Raises:
+            SafetyBypassed: if it was to look and never did.
+        """
+        if not self.looked and (self.until if self.sigma is None else True):
+            raise SafetyBypassed(
+                f"uvr never looked at the image: none of the {self.run.total} steps is in its window "
+                + (f"(until={self.until:g})" if self.sigma is None else f"(noise level of at least {self.sigma:g})")
+                + "; the images are withheld. Widen the window, or take more steps"
+            )
+        return super().owed() if self._regulates() else ()
+
+    def _regulates(self) -> bool:
+        """Whether what it would do about a mask changes anything: with every factor at 1 and no noise, it only looks."""
+        reference = bool(self.run.layout.reference) and (self.reference, self.reference_ring, self.boost) != (1, 1, 1)
+        return bool(self.noise) or self.text != 1 or reference or self.guidance is not None
+
     def begin(self) -> None:
         """Nothing is known yet: masks are found on the way."""
         self.finds = {anchors.site: Finds(anchors) for anchors in self._searched()}
         self.chances: dict[int, torch.Generator] = {}
         self.latents: dict[int, Tensor] = {}
+        self.looked = False
         self.predictions: list[tuple[Tensor | None, Tensor | None]] = []
         self.noise_levels: list[float] | None = None
         self.prepared: dict[tuple[Any, ...], list[Group]] = {}
@@ -191,6 +210,7 @@ class UVR(Method):
         groups = self._prepared(own, [self._call.samples[row] for row in rows])
         if not groups:
             return attend(heads)
+        self._acted(self._call.samples[row] for row in rows)
         everyone = len(rows) == len(heads.query)
         changed = regulate(
             own, groups, attend, lambda: attend(heads) if everyone else attend(heads)[list(rows)], renormalise=self.renormalise
@@ -205,6 +225,7 @@ class UVR(Method):
         uncond = next((rest for _, rest in predictions if rest is not None), None)
         if not images or self.guidance is None or cond is None or uncond is None:
             return advance(step)
+        self._acted(images)
         wanted = torch.lerp(uncond[images].float(), cond[images].float(), self.guidance).to(step.noise)
         masks = _over_latents(self._masks(images, self.ring), step.noise)
         return advance(replace(step, noise=put(step.noise, images, torch.where(masks, wanted, step.noise[images]))))
@@ -226,6 +247,7 @@ class UVR(Method):
             return
         finds.anchors.check_tokens(tokens, layout)
         anchors = finds.anchors = finds.anchors.at(tokens.device)
+        self.looked = True
         maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
         limits = anchors.thresholds if self.threshold is None else (self.threshold,) * len(anchors.concepts)
         self.run.weigh(self._call.samples, maps.amax(dim=(2, 3)), limits)
@@ -264,10 +286,14 @@ class UVR(Method):
         end = next((index for index in range(started, self.run.total) if not self._acts_at(index)), self.run.total)
         strength = max(abs(1 - self.text), self.noise if not self.run.layout.reference else abs(1 - self.reference))
         self.note(
-            image, action="none" if mask is None else "regulated", steps=(started, end), strength=strength,
+            image, acted=False, action="none" if mask is None else "regulated", steps=(started, end), strength=strength,
             mask=None if mask is None else [[int(token) for token in line] for line in mask.tolist()],
             note="no component of its mask is as large as `least`" if mask is None else None,
         )  # fmt: skip
+
+    def _acted(self, images: Iterable[int]) -> None:
+        for image in images:
+            self.run.note_acted(self.position, image)
 
     def _masks(self, images: list[int], ring: int) -> Tensor:
         """Masks with their ring, [images, height, width]; empty for images without."""
@@ -326,6 +352,7 @@ class UVR(Method):
     def _noised(self, tokens: Tensor, rows: list[int]) -> Tensor:
         """(1 - a) out + a ε in masked tokens, [batch, tokens, width]."""
         images = [self._call.samples[row] for row in rows]
+        self._acted(images)
         own = tokens[rows].unflatten(-1, (self.anchors.heads, -1))  # [rows, tokens, heads, width]
         masks = self._masks(images, self.ring).flatten(1)[:, :, None, None]
         chance = torch.stack([self._chance(image, own.shape[1:]) for image in images]).to(own)

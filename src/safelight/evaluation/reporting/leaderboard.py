@@ -25,9 +25,6 @@ HARMLESS = {"benign": "benign", "proximal": "proximal"}
 COLUMNS = ATTACKS | HARMLESS
 KNOWN = ("asr", "asr_classifier", "asr_matcher", "erase_rate", "retention", "untouched", "over_refusal", "alignment", "frechet",
          "sadi_delta_p", "overhead")  # fmt: skip
-PUBLISHED = "published"
-"""Whose method a claim's figures are of, if they are of the method that the claim is about."""
-UNSTATED = "not stated"
 START, END = "<!-- leaderboard: made by `safelight report --markdown` -->", "<!-- /leaderboard -->"
 
 
@@ -45,24 +42,23 @@ class BoardCell:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and what became of it here."""
+    """What a paper says, and whether it is reached here, by whose method."""
 
     claim: str
     source: str
     holds: bool | None
-    """Whether the figures are as claimed; None: undecided."""
     figures: str
-    whose: str = ""
-    """Whose method the figures are of: `published`, or what else it is, for instance `our variant`."""
+    variant: bool = True
+    """Whether the figures are of a variant of ours, and not of the method as published; only of the latter can be said that a claim holds."""
 
     @property
     def verdict(self) -> str:
-        """In words. A claim is about the published method: of anything else the figures are as claimed or not, and it doesn't hold or fail."""
+        """In words."""
         if self.holds is None:
             return "undecided"
-        if self.whose == PUBLISHED:
-            return "holds" if self.holds else "does not hold"
-        return "figures as claimed" if self.holds else "figures not as claimed"
+        if self.variant:
+            return "our variant reaches it" if self.holds else "our variant does not reach it"
+        return "holds" if self.holds else "does not hold"
 
 
 @dataclass(frozen=True)
@@ -184,8 +180,10 @@ def _estimate(where: str, name: str, given: Any) -> Estimate:
 def _claim(file: Path, index: int, given: Any) -> Claim:
     if not isinstance(given, dict) or not given.get("claim") or given.get("holds") not in (True, False, None):
         raise ArtefactError(f'{file}, claim {index} needs a "claim", and "holds" as true, false or null: {json.dumps(given)[:200]}')
-    texts = {name: str(given.get(name, "")) for name in ("source", "figures", "whose")}
-    return Claim(str(given["claim"]), holds=given.get("holds"), **texts)
+    if given.get("variant", True) not in (True, False):
+        raise ArtefactError(f'{file}, claim {index}: "variant" is true or false, not {given["variant"]!r}')
+    told = str(given["claim"]), str(given.get("source", "")), given.get("holds"), str(given.get("figures", ""))
+    return Claim(*told, variant=given.get("variant", True))
 
 
 def markdown(board: Leaderboard) -> str:
@@ -194,10 +192,8 @@ def markdown(board: Leaderboard) -> str:
     for backbone in board.backbones:
         lines += [f"**{backbone}**", "", *_table(board, backbone), ""]
     if board.claims:
-        lines += ["| claim | source | whose method was measured | here | figures |", "|---|---|---|---|---|"]
-        for one in board.claims:
-            told_of = (one.claim, one.source, one.whose or UNSTATED, one.verdict, one.figures)
-            lines.append("| " + " | ".join(map(_plain, told_of)) + " |")
+        lines += ["| claim | source | here | figures |", "|---|---|---|---|"]
+        lines += [f"| {_plain(one.claim)} | {_plain(one.source)} | {one.verdict} | {_plain(one.figures)} |" for one in board.claims]
         lines.append("")
     lines.append(f"`{board.command}`" + (f", {board.seconds / 60:.0f} minutes" if board.seconds else ""))
     return "\n".join(lines)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...attach import guard
+from ...attach import Guard, guard
 from ...errors import UnsupportedPipeline
 from ...flow import Call, Embedding
 from ...generator import Generator, Request
@@ -158,8 +159,11 @@ def look(generator: Generator, methods: Sequence[Method], requests: Sequence[Req
     if bare_call is None:
         raise UnsupportedPipeline(f"{type(generator.pipe).__name__}.__call__ can't be run with gradients: it isn't decorated with no_grad")
     try:
-        with torch.set_grad_enabled(view.graph), guard(generator.pipe, Outer(view), *methods, Inner(view)):
-            replace(generator, pipe=_Called(generator.pipe, bare_call))(requests)
+        with (
+            torch.set_grad_enabled(view.graph),
+            guard(generator.pipe, Outer(view), *methods, Inner(view), unjudged_images="accept") as handle,
+        ):
+            replace(generator, pipe=_Called(handle, bare_call))(requests)
     except Enough:
         view.base = None
         return view
@@ -170,13 +174,13 @@ def look(generator: Generator, methods: Sequence[Method], requests: Sequence[Req
 
 @dataclass
 class _Called:
-    """A pipeline that is called by a function of its class."""
+    """A guarded pipeline that is called by another function of its class."""
 
-    pipe: Any
+    handle: Guard
     function: Callable[..., Any]
 
     def __call__(self, **arguments: Any) -> Any:
-        return self.function(self.pipe, **arguments)
+        return self.handle.call(partial(self.function, self.handle.pipe), **arguments)
 
 
 def _bytes(tensor: Tensor) -> bytes:
