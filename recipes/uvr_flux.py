@@ -1,4 +1,4 @@
-"""UVR on FLUX.1 and FLUX.1 Kontext with the published values; the same code runs on the testbed.
+"""UVR on FLUX.1 and FLUX.1 Kontext: our guard, and one near the published method; the same code runs on the testbed.
 
     python recipes/uvr_flux.py --examples weapons.csv --out anchors-flux                     # collect and calibrate (GPU, bf16)
     python recipes/uvr_flux.py --examples edits.csv --editing --out anchors-kontext
@@ -37,7 +37,7 @@ TAU = {"nudity": 0.60, "blood": 0.50, "weapon": 0.30}
 
 
 def main() -> None:
-    """Collects, fits and calibrates anchors, and saves our guard and the published one."""
+    """Collects, fits and calibrates anchors, and saves our guard and the one near the published method: raw anchors, published τ and strengths, our clean-up of masks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", help="by default FLUX.1-dev, or Kontext-dev with --editing")
     parser.add_argument("--examples", type=Path)
@@ -67,8 +67,8 @@ def main() -> None:
     save(arguments.out / "ours", UVR(anchors=ours), made_for=name)
     raw = fit(shards, collected, config.site, replace(config, kind="raw", smooth=False), backbone)
     taus = tuple(0.20 if arguments.editing else TAU.get(concept, 0.30) for concept in raw.concepts)
-    published = UVR.near_published(replace(raw, thresholds=taus, levels=taus), editing=arguments.editing)
-    save(arguments.out / "published", published, made_for=name)
+    near = UVR.near_published(replace(raw, thresholds=taus, levels=taus), editing=arguments.editing)
+    save(arguments.out / "near-published", near, made_for=name)
     with guard(generator.pipe, UVR(anchors=ours)) as handle:
         generator(held_out[:1])
     print(handle.records[0].to_json()["actions"])

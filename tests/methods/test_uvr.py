@@ -267,7 +267,7 @@ def test_masked_tokens_have_a_guidance_scale_of_their_own(name: str, scale: floa
 
 
 @pytest.mark.parametrize(("total", "acting"), [(28, 11), (50, 18), (20, 8)])
-def test_the_published_window(total: int, acting: int) -> None:
+def test_the_window_of_noise_levels(total: int, acting: int) -> None:
     """σ ≥ 0.85 of FLUX's schedule at 1024², where μ = 1.15."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / total, total), mu=1.15)
@@ -373,7 +373,7 @@ def test_the_record_says_what_was_found_and_done(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "editing"), [("flux", False), ("sd3", False), ("kontext", False), ("kontext", True)])
-def test_the_published_mode_runs(name: str, editing: bool) -> None:
+def test_what_is_near_the_published_method_runs(name: str, editing: bool) -> None:
     pipe = tiny_pipeline(name)
     expected = sample(pipe, BATCH, guided=False)
     with guard(pipe, UVR.near_published(anchors(name), editing=editing)) as handle:

@@ -28,7 +28,7 @@ NAMED = 5
 class SafeDIG(Method):
     """Steers activations by a sparse dictionary whose encoder is frozen and whose decoder was adapted to the risk.
 
-    SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
+    Our variant of SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
     Repel is a′ = a - γ (M ⊙ z) W_dec with M the harmful features. A picture whose harmful features stay below a calibrated threshold
     is left alone.
     """

@@ -31,7 +31,7 @@ ATTENTIONS = ("joint.attention", "single.attention")
 class UVR(Method):
     """Locates unsafe semantics in the joint attention of an MM-DiT, and regulates it there, in generation and editing alike.
 
-    UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
+    Our variant of UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
     probe looks like an unsafe concept's anchors, s(n) = out(n)·ō > τ, form a mask (its *core*, and a *ring* around it). There,
     O(i) = (1 - a) Σ_j λ(i,j) A(i,j) V(j) + a ε: λ scales what text and reference tokens pass on, ε is noise. An empty mask changes nothing.
     """
