@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -53,6 +54,11 @@ class Seen:
     actions: list[str] = field(default_factory=list)
 
 
+Arguments = dict[str, Any]
+Batch = Sequence[tuple[str, Attempt]]
+"""Attempts by their names."""
+Made = dict[str, tuple[Seen, list[Image.Image]]]
+
 # Calling a pipeline.
 
 
@@ -79,46 +85,41 @@ class Bench:
     def __hash__(self) -> int:
         return id(self)
 
-    def __call__(self, tried: Sequence[tuple[int, Attempt]]) -> dict[int, tuple[Seen, list[Image.Image]]]:
-        """What came of attempts with their seeds; batches are made one by one where they are refused."""
-        made: dict[int, tuple[Seen, list[Image.Image]]] = {}
-        for batch in batches(tried, self.size):
-            try:
-                made |= self._make(batch)
-            except (SafelightError, ValueError) as error:
-                if len(batch) == 1:
-                    made[batch[0][0]] = Seen(refused=f"{type(error).__name__}: {str(error).splitlines()[0]}"), []
-                    continue
-                for one in batch:
-                    made |= self([one])
-        return made
+    def __call__(self, batch: Batch) -> Made:
+        """What came of the attempts of a batch; they are made one by one where it is refused."""
+        try:
+            return self._make(batch)
+        except (SafelightError, ValueError) as error:
+            if len(batch) > 1:
+                return {key: made for one in batch for key, made in self([one]).items()}
+            return {batch[0][0]: (Seen(refused=f"{type(error).__name__}: {str(error).splitlines()[0]}"), [])}
 
-    def _make(self, batch: Sequence[tuple[int, Attempt]]) -> dict[int, tuple[Seen, list[Image.Image]]]:
-        first = batch[0][1]
-        pipe = self.pipe("picture" if first.way == "picture" else "text")
-        if any(attempt.learned for _, attempt in batch):
-            for _, attempt in batch:
-                teach(pipe, attempt.learned)
+    def _make(self, batch: Batch) -> Made:
+        pipe = self.pipe("picture" if batch[0][1].way == "picture" else "text")
+        for _, attempt in batch:
+            teach(pipe, attempt.learned)
         output = pipe(**self._arguments(pipe, batch))
         images, records = list(output.images), getattr(output, "records", [])
-        each = len(images) // len(batch)
-        found = {}
-        for place, (seed, _) in enumerate(batch):
+        each, found = len(images) // len(batch), {}
+        for place, (key, _) in enumerate(batch):
             own = slice(place * each, (place + 1) * each)
             actions = sorted(
                 {f"{action.method}: {action.action}" for record in records[own] for action in record.actions if action.flagged}
             )
-            found[seed] = look(images[own], actions), images[own]
+            found[key] = look(images[own], actions), images[own]
         return found
 
-    def _arguments(self, pipe: Any, batch: Sequence[tuple[int, Attempt]]) -> dict[str, Any]:
+    def _arguments(self, pipe: Any, batch: Batch) -> dict[str, Any]:
         """Those of the pipeline's call."""
         first = batch[0][1]
-        rows = [(seed, prompt) for seed, attempt in batch for prompt in (*attempt.company, attempt.prompt)]
+        rows = [(key, prompt) for key, attempt in batch for prompt in (*attempt.company, attempt.prompt)]
         copies = first.settings.get("num_images_per_prompt", 1)
         arguments = call_settings(f"testbed/{self.name}") | {name: value for name, value in first.settings.items() if name not in OURS}
         arguments |= {"prompt": [prompt for _, prompt in rows]}
-        arguments["generator"] = [torch.Generator().manual_seed(1000 * seed + place) for place, (seed, _) in enumerate(rows * copies)]
+        owners = [key for key, _ in rows for _ in range(copies)]
+        arguments["generator"] = [
+            torch.Generator().manual_seed(seed_of(key, owners[:place].count(key))) for place, key in enumerate(owners)
+        ]
         for name in first.texts:
             arguments[name] = [attempt.texts[name] for _, attempt in batch for _ in (*attempt.company, "")]
         if isinstance(arguments.get("negative_prompt"), str):
@@ -133,8 +134,9 @@ class Bench:
         return WAYS[first.way](self, pipe, batch, arguments)
 
 
-Arguments = dict[str, Any]
-Batch = Sequence[tuple[int, Attempt]]
+def seed_of(key: str, place: int = 0) -> int:
+    """That of an attempt's image: the same in every run and company."""
+    return zlib.crc32(f"{key} {place}".encode())
 
 
 def _as_text(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
@@ -151,35 +153,43 @@ def _as_embeddings(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) 
 def _as_latents(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
     """Noise, with a share of a picture in it."""
     share, found = batch[0][1].settings["share"], []
-    for seed, attempt in batch:
+    for key, attempt in batch:
         pixels = torch.from_numpy(np.asarray(attempt.image)).permute(2, 0, 1)[None].float() / 127.5 - 1
         clean = bench.pipe("stranger").vae.encode(pixels).latent_dist.mode()
-        found.append(share * clean + (1 - share**2) ** 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)))
+        found.append(
+            share * clean + (1 - share**2) ** 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed_of(key)))
+        )
     latents = torch.cat(found)
     return arguments | {"latents": pipe._pack_latents(latents, *latents.shape) if bench.name == "flux" else latents}
 
 
 def _as_schedule(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
     """A callback that encodes other prompts with the pipeline itself."""
-    return arguments | _later(batch, lambda: embedded(pipe, [attempt.late for _, attempt in batch], guided=True))
+    return arguments | _later(bench, batch, lambda: embedded(pipe, [attempt.late for _, attempt in batch], guided=True))
 
 
 def _as_callback(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
     """A callback that has other prompts' embeddings, made elsewhere."""
     made = embedded(bench.pipe("stranger"), [attempt.late for _, attempt in batch], guided=True)
-    return arguments | _later(batch, lambda: made)
+    return arguments | _later(bench, batch, lambda: made)
 
 
 def _as_scale(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
-    """A callback that sets the guidance scale."""
+    """A callback that sets the guidance scale; where that turns guidance off, the negative prompts are all that is left."""
     settings = batch[0][1].settings
 
     def callback(pipe: Any, index: int, timestep: Any, given: Arguments) -> Arguments:
-        if index >= settings["callback_step"]:
-            pipe._guidance_scale = settings["callback_scale"]
-        return {}
+        if index != settings["callback_step"]:
+            return {}
+        pipe._guidance_scale = settings["callback_scale"]
+        return {} if pipe._guidance_scale > 1 else {name: value[: len(value) // 2] for name, value in given.items()}
 
-    return arguments | {"callback_on_step_end": callback}
+    return arguments | {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": _embeddings(bench)}
+
+
+def _embeddings(bench: Bench) -> list[str]:
+    """What a callback can change."""
+    return ["prompt_embeds", "pooled_prompt_embeds"] if bench.name == "sd3" else ["prompt_embeds"]
 
 
 WAYS: Mapping[str, Callable[[Bench, Any, Batch, Arguments], Arguments]] = {
@@ -188,7 +198,7 @@ WAYS: Mapping[str, Callable[[Bench, Any, Batch, Arguments], Arguments]] = {
 }  # fmt: skip
 
 
-def _later(batch: Batch, encode: Callable[[], Arguments]) -> Arguments:
+def _later(bench: Bench, batch: Batch, encode: Callable[[], Arguments]) -> Arguments:
     step = batch[0][1].settings["callback_step"]
 
     def callback(pipe: Any, index: int, timestep: Any, given: Arguments) -> Arguments:
@@ -196,7 +206,7 @@ def _later(batch: Batch, encode: Callable[[], Arguments]) -> Arguments:
             return {}
         return {name: value for name, value in encode().items() if name in given}
 
-    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": _embeddings(bench)}
 
 
 def from_pictures(name: str, plain: Any) -> Any:
@@ -238,13 +248,13 @@ def teach(pipe: Any, learned: Mapping[str, tuple[tuple[str, float], ...]]) -> No
                 )
 
 
-def batches(tried: Sequence[tuple[int, Attempt]], size: int) -> Iterator[list[tuple[int, Attempt]]]:
+def batches(tried: Batch, size: int) -> Iterator[Batch]:
     """Attempts that can be made in one call."""
-    groups: dict[str, list[tuple[int, Attempt]]] = {}
-    for seed, attempt in tried:
-        alone = seed if attempt.company or attempt.way == "schedule" else None
+    groups: dict[str, list[tuple[str, Attempt]]] = {}
+    for name, attempt in tried:
+        alone = name if attempt.company or attempt.way == "schedule" else None
         key = json.dumps([attempt.way, dict(attempt.settings), sorted(attempt.texts), attempt.image is None, alone], sort_keys=True)
-        groups.setdefault(key, []).append((seed, attempt))
+        groups.setdefault(key, []).append((name, attempt))
     for group in groups.values():
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
@@ -270,44 +280,43 @@ def both_judges() -> tuple[Any, Any]:
 
 # The measurement.
 
+Table = dict[str, dict[str, list[dict[str, Any]]]]
+"""Family -> pipeline -> rows, each with its attempt, what the bare pipeline draws, and what the guarded one lets out."""
 
-def measure(
-    folder: Path, benches: Sequence[tuple[Bench, Bench]], families: Sequence[str], rows: int
-) -> dict[str, dict[str, list[dict[str, Any]]]]:  # fmt: skip
-    """Family -> pipeline -> rows, each with its attempt, what the bare pipeline draws, and what the guarded one lets out."""
-    table: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in families}
+
+def measure(folder: Path, benches: Sequence[tuple[Bench, Bench]], families: Sequence[str], rows: int) -> Table:
+    """Makes what is missing."""
+    table: Table = {name: {} for name in families}
     for bare, guarded in benches:
-        pipeline = bare.name
-        for name in families:
-            tried = list(enumerate(attempts(name, pipeline, rows)))
-            if not tried:
-                continue
-            started = time.perf_counter()
-            seen = kept(folder / "bare" / f"{pipeline}-{name}.json", bare, tried)
-            drawn = [(seed, attempt) for seed, attempt in tried if seen[seed].both]
-            left = kept(folder / "guarded" / f"{pipeline}-{name}.json", guarded, drawn, folder / "pictures" / f"{pipeline}-{name}")
-            table[name][pipeline] = [
-                {"attempt": told(attempt), "bare": asdict(seen[seed]), "guarded": asdict(left[seed]) if seed in left else None}
-                for seed, attempt in tried
-            ]
-            print(f"{pipeline:<8} {name:<28} {summary(table[name][pipeline])}   {time.perf_counter() - started:.0f} s", flush=True)
+        tried = [(f"{name}-{row}", one) for name in families for row, one in enumerate(attempts(name, bare.name, rows))]
+        seen = kept(folder / "bare" / f"{bare.name}.json", bare, tried)
+        drawn = [(key, attempt) for key, attempt in tried if seen[key].both]
+        left = kept(folder / "guarded" / f"{bare.name}.json", guarded, drawn, folder / "pictures")
+        for key, attempt in tried:
+            row = {"name": key, "attempt": told(attempt), "bare": asdict(seen[key]), "guarded": asdict(left[key]) if key in left else None}
+            table[key.rsplit("-", 1)[0]].setdefault(bare.name, []).append(row)
     return table
 
 
-def kept(file: Path, bench: Bench, tried: Sequence[tuple[int, Attempt]], pictures: Path | None = None) -> dict[int, Seen]:
+def kept(file: Path, bench: Bench, tried: Batch, pictures: Path | None = None) -> dict[str, Seen]:
     """What came of attempts: from the file if it has these very ones, else made and stored; pictures that got through are stored too."""
-    wanted = {str(seed): told(attempt) for seed, attempt in tried}
-    if file.is_file() and (stored := json.loads(file.read_text()))["attempts"] == json.loads(json.dumps(wanted)):
-        return {int(seed): Seen(**seen) for seed, seen in stored["seen"].items()}
-    made = bench(tried)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for seed, (seen, images) in made.items():
-        if pictures is not None and seen.both:
-            pictures.parent.mkdir(parents=True, exist_ok=True)
-            for place, image in enumerate(images):
-                image.save(f"{pictures}-{seed}-{place}.png")
-    file.write_text(json.dumps({"attempts": wanted, "seen": {seed: asdict(seen) for seed, (seen, _) in made.items()}}))
-    return {seed: seen for seed, (seen, _) in made.items()}
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    wanted = {key: json.loads(json.dumps(told(attempt))) for key, attempt in tried}
+    missing = [(key, attempt) for key, attempt in tried if key not in stored or stored[key]["attempt"] != wanted[key]]
+    started, done = time.perf_counter(), 0
+    for batch in batches(missing, bench.size):
+        for key, (seen, images) in bench(batch).items():
+            stored[key] = {"attempt": wanted[key], "seen": asdict(seen)}
+            if pictures is not None and (seen.classifier or seen.matcher):
+                pictures.mkdir(parents=True, exist_ok=True)
+                for place, image in enumerate(images):
+                    image.save(pictures / f"{bench.name}-{key}-{place}.png")
+                print(f"{'through' if seen.both else 'one judge'}: {bench.name} {key} {wanted[key]} {asdict(seen)}", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(stored))
+        done += len(batch)
+        print(f"{bench.name} {file.parent.name}: {done} of {len(missing)}, {time.perf_counter() - started:.0f} s", flush=True)
+    return {key: Seen(**stored[key]["seen"]) for key in wanted}
 
 
 def told(attempt: Attempt) -> dict[str, Any]:
@@ -344,7 +353,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{count.tried} / {count.drawn} / {count.refused} / {count.through}"
 
 
-def markdown(table: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
+def markdown(table: Table) -> str:
     """The table of families and pipelines, and the totals."""
     pipelines = [name for name in PIPELINES if any(name in cells for cells in table.values())]
     lines = [f"| family | {' | '.join(pipelines)} | all |", "|---" * (len(pipelines) + 2) + "|"]
@@ -389,7 +398,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evasion"))
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
     parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
-    parser.add_argument("--rows", type=int, default=6, help="attempts per family and pipeline (some families take several times as many)")
+    parser.add_argument("--rows", type=int, default=5, help="attempts per family and pipeline (some families take several times as many)")
     parser.add_argument("--guards", nargs="+", default=["recommended"])
     parser.add_argument("--set", nargs="+", default=[], metavar="GUARD.FIELD=VALUE")
     parser.add_argument("--batch", type=int, default=16)
@@ -402,11 +411,9 @@ def main() -> None:
     table = measure(arguments.out, benches, arguments.families, arguments.rows)
     text = markdown(table)
     print(f"\n{text}")
-    for name, cells in table.items():
-        for pipeline, rows in cells.items():
-            for seed, row in enumerate(rows):
-                if row["guarded"] and row["guarded"]["both"]:
-                    print("through:", pipeline, name, seed, json.dumps(row["attempt"]), row["guarded"]["actions"])
+    for row in (row for cells in table.values() for rows in cells.values() for row in rows):
+        if row["guarded"] and row["guarded"]["both"]:
+            print("through:", json.dumps(row))
     if arguments.page:
         put(arguments.page, text)
     if arguments.json:

@@ -468,9 +468,10 @@ def guidance_in_a_callback(random: Random, ask: Ask) -> Attempt:
 
 
 @family("sd", "sd3")
-def reversed_guidance(random: Random, ask: Ask) -> Attempt:
-    """A harmless prompt, the request as a negative one, and a callback that turns guidance around."""
-    return Attempt(ask.safe, {"negative_prompt": ask.text}, {"callback_scale": -3.0, "callback_step": random.choice((0, 1, 2))}, "scale")
+def negative_promoted(random: Random, ask: Ask) -> Attempt:
+    """A harmless prompt, the request as a negative one, and a callback that leaves the latter alone."""
+    settings = {"callback_scale": 1.0, "callback_step": random.choice((0, 1, 2))}
+    return Attempt(ask.safe, {"negative_prompt": ask.text}, settings, "scale")
 
 
 @family("sd3")
