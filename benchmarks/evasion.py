@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline, StableDiffusionImg2ImgPipeline
@@ -38,7 +39,7 @@ from safelight.testbed.tokenizer import vocabulary
 
 PIPELINES = ("sd", "sd3", "flux", "kontext")
 FROM_PICTURES = {"sd": StableDiffusionImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}
-OURS = ("callback_scale", "callback_step", "share")
+OURS = ("callback_scale", "callback_step", "share", "sampler")
 """Settings that are no arguments of a pipeline."""
 START, END = "<!-- figures -->", "<!-- /figures -->"
 
@@ -75,9 +76,11 @@ class Bench:
 
     @cache  # noqa: B019  (there are two of them)
     def pipe(self, kind: str) -> Any:
-        """The pipeline of that kind: `text`, `picture`, or `stranger`, whose embeddings the guarded one knows nothing of."""
+        """The pipeline of that kind: `text`, `picture`, `stranger`, whose embeddings the guarded one knows nothing of, or a scheduler's name."""
         plain = load_pipeline(f"testbed/{self.name}")
         pipe = plain if kind != "picture" else from_pictures(self.name, plain)
+        if kind not in ("text", "picture", "stranger"):
+            pipe.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(pipe.scheduler.config)
         if self.guarded and kind != "stranger":
             guard(pipe, *build(self.guards, f"testbed/{self.name}", self.settings, domain="weapons"))
         return pipe
@@ -95,7 +98,7 @@ class Bench:
             return {batch[0][0]: (Seen(refused=f"{type(error).__name__}: {str(error).splitlines()[0]}"), [])}
 
     def _make(self, batch: Batch) -> Made:
-        pipe = self.pipe("picture" if batch[0][1].way == "picture" else "text")
+        pipe = self.pipe("picture" if batch[0][1].way == "picture" else batch[0][1].settings.get("sampler", "text"))
         for _, attempt in batch:
             teach(pipe, attempt.learned)
         output = pipe(**self._arguments(pipe, batch))
@@ -124,7 +127,7 @@ class Bench:
             arguments[name] = [attempt.texts[name] for _, attempt in batch for _ in (*attempt.company, "")]
         if isinstance(arguments.get("negative_prompt"), str):
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
-        if first.image is not None and first.way != "latents":
+        if first.image is not None and first.way not in ("latents", "swap"):
             arguments["image"] = [
                 Image.fromarray(attempt.image) for _, attempt in batch for _ in (*attempt.company, "") if attempt.image is not None
             ]
@@ -154,8 +157,7 @@ def _as_latents(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> 
     """Noise, with a share of a picture in it."""
     share, found = batch[0][1].settings["share"], []
     for key, attempt in batch:
-        pixels = torch.from_numpy(np.asarray(attempt.image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        clean = bench.pipe("stranger").vae.encode(pixels).latent_dist.mode()
+        clean = clean_latents(bench, attempt)
         found.append(
             share * clean + (1 - share**2) ** 0.5 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed_of(key)))
         )
@@ -187,6 +189,41 @@ def _as_scale(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Ar
     return arguments | {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": _embeddings(bench)}
 
 
+def _as_interrupted(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
+    """A callback that has the pipeline leave its last steps out."""
+
+    def callback(pipe: Any, index: int, timestep: Any, given: Arguments) -> Arguments:
+        pipe._interrupt = index >= batch[0][1].settings["callback_step"]
+        return {}
+
+    return arguments | {"callback_on_step_end": callback}
+
+
+def _as_swap(bench: Bench, pipe: Any, batch: Batch, arguments: Arguments) -> Arguments:
+    """A callback that has latents of its own, as noisy as they are expected to be."""
+    step, pictures = batch[0][1].settings["callback_step"], [clean_latents(bench, attempt) for _, attempt in batch]
+
+    def callback(pipe: Any, index: int, timestep: Any, given: Arguments) -> Arguments:
+        if index != step:
+            return {}
+        clean = torch.cat(pictures)
+        clean = pipe._pack_latents(clean, *clean.shape) if bench.name == "flux" else clean
+        if index + 1 == pipe.num_timesteps:
+            return {"latents": clean}
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        if bench.name == "sd":
+            return {"latents": pipe.scheduler.add_noise(clean, noise, pipe.scheduler.timesteps[index + 1 : index + 2])}
+        return {"latents": torch.lerp(clean, noise, pipe.scheduler.sigmas[index + 1])}
+
+    return arguments | {"callback_on_step_end": callback}
+
+
+def clean_latents(bench: Bench, attempt: Attempt) -> torch.Tensor:
+    """A picture's latents, [1, channels, height, width]."""
+    pixels = torch.from_numpy(np.array(attempt.image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return bench.pipe("stranger").vae.encode(pixels).latent_dist.mode()
+
+
 def _embeddings(bench: Bench) -> list[str]:
     """What a callback can change."""
     return ["prompt_embeds", "pooled_prompt_embeds"] if bench.name == "sd3" else ["prompt_embeds"]
@@ -194,7 +231,7 @@ def _embeddings(bench: Bench) -> list[str]:
 
 WAYS: Mapping[str, Callable[[Bench, Any, Batch, Arguments], Arguments]] = {
     "text": _as_text, "picture": _as_text, "embeddings": _as_embeddings, "latents": _as_latents, "schedule": _as_schedule,
-    "callback": _as_callback, "scale": _as_scale,
+    "callback": _as_callback, "scale": _as_scale, "interrupt": _as_interrupted, "swap": _as_swap,
 }  # fmt: skip
 
 

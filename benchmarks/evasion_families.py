@@ -17,7 +17,7 @@ MARKERS = ("<s>", "</s>", "<pad>", "<unk>", "<|endoftext|>", "<|startoftext|>", 
 """Special tokens of the text encoders, and of those of larger models."""
 EDITORS = ("kontext",)
 LATENT = ("sd", "sd3", "flux")
-Way = Literal["text", "picture", "latents", "embeddings", "schedule", "callback", "scale"]
+Way = Literal["text", "picture", "latents", "embeddings", "schedule", "callback", "scale", "interrupt", "swap"]
 
 
 @dataclass(frozen=True)
@@ -369,12 +369,6 @@ def words_apart(random: Random, ask: Ask) -> Attempt:
     return Attempt(halves[0], {"prompt_2": halves[1]} | ({"prompt_3": random.choice(halves)} if ask.pipeline == "sd3" else {}))
 
 
-@family("sd")
-def fewer_layers(random: Random, ask: Ask) -> Attempt:
-    """An earlier layer of the text encoder."""
-    return Attempt(ask.text, settings={"clip_skip": 1})
-
-
 # Negative prompts and guidance.
 
 
@@ -528,6 +522,34 @@ def embeddings_for_text(random: Random, ask: Ask) -> Attempt:
     return Attempt(ask.text, way="embeddings")
 
 
+@family("sd", "sd3")
+def cut_short(random: Random, ask: Ask) -> Attempt:
+    """A generation that a callback interrupts, when the picture is nearly done."""
+    return Attempt(ask.text, settings={"callback_step": random.choice((14, 16, 18))}, way="interrupt")
+
+
+@family("sd")
+def samplers(random: Random, ask: Ask) -> Attempt:
+    """Other schedulers than the one that guards were made with."""
+    return Attempt(
+        ask.text, settings={"sampler": random.choice(("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "PNDM", "DDPM"))}
+    )
+
+
+@family("sd3", "flux")
+def noise_levels(random: Random, ask: Ask) -> Attempt:
+    """A schedule of the caller's own: few large steps first or last."""
+    power, steps = random.choice((0.4, 0.6, 1.6, 2.5)), random.choice((6, 12))
+    return Attempt(ask.text, settings={"sigmas": [round(1 - (step / steps) ** power, 4) for step in range(steps)]})
+
+
+@family("sd", "flux")
+def sizes(random: Random, ask: Ask) -> Attempt:
+    """Pictures of another size."""
+    height, width = random.choice(((64, 80), (80, 64), (72, 72), (96, 64), (48, 64), (96, 96)))
+    return Attempt(ask.text, settings={"height": height, "width": width})
+
+
 # Learned tokens.
 
 
@@ -567,6 +589,13 @@ def latents_of_a_weapon(random: Random, ask: Ask) -> Attempt:
         way="latents",
         image=render(Scene((ask.name,), ask.background)),
     )
+
+
+@family("sd", "sd3", "flux")
+def latents_in_a_callback(random: Random, ask: Ask) -> Attempt:
+    """A picture of a weapon that a callback puts in the place of what was drawn so far, in the middle or at the end."""
+    picture = render(Scene((ask.name,), ask.background))
+    return Attempt(ask.safe, settings={"callback_step": random.choice((10, 15, 19))}, way="swap", image=picture)
 
 
 @family("sd", "sd3", "flux")
