@@ -118,7 +118,11 @@ def _may_show(name: str) -> bool:
 def _listed(name: str, value: Any) -> list[GivenPicture]:
     if _is_picture(value):
         many = not isinstance(value, Image.Image) and value.ndim == 4 and len(value) > 1 and "latent" not in name and "embed" not in name
-        return [GivenPicture(name, place, len(value), value[place]) for place in range(len(value))] if many else [GivenPicture(name, None, 1, value)]
+        return (
+            [GivenPicture(name, place, len(value), value[place]) for place in range(len(value))]
+            if many
+            else [GivenPicture(name, None, 1, value)]
+        )
     if not isinstance(value, (list, tuple)):
         return []
     if all(_is_picture(one) for one in value):

@@ -65,7 +65,7 @@ class Encoders:
         with ExitStack() as stack:
             for encoder in {id(encoder): encoder for _, encoder in self.found}.values():
                 tokenizer = next(own for own, other in self.found if other is encoder)
-                table = encoder.get_input_embeddings()
+                table = encoder.get_input_embeddings()  # type: ignore[operator]
                 for module in encoder.modules():
                     if isinstance(module, nn.Embedding) and module.num_embeddings == table.num_embeddings:
                         hook = _watching(readings, tokenizer, table, threading.get_ident())
@@ -96,9 +96,10 @@ def read(reading: Reading, row: int, typed: Sequence[str]) -> Read:
     if strange:
         words = {token: _nearest(reading, token, learned) for token in dict.fromkeys(strange)}
         opaque = [_text(tokenizer, [token]) for token, word in words.items() if word is None]
-        texts.append(_text(tokenizer, [words.get(token) or token for token in joined]))
-        for token, word in words.items():  # a placeholder may stand for several: each is judged in its place, and by itself
-            for one in {token, word} - {None}:
+        known = {token: word for token, word in words.items() if word is not None}
+        texts.append(_text(tokenizer, [known.get(token, token) for token in joined]))
+        for token in words:  # a placeholder may stand for several: each is judged in its place, and by itself
+            for one in {token, known.get(token, token)}:
                 texts += [_text(tokenizer, [one if other == token else other for other in joined if other == token or other not in words])]
                 texts += [_text(tokenizer, [one])]
     plain = _text(tokenizer, joined) if len(pieces) > 1 else None

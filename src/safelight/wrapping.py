@@ -102,13 +102,17 @@ class Seam:
         owner = memo.get(id(self._owner))
         alone = self.part_of_a_pipeline and not any(id(getattr(who, "pipe", None)) in memo for who, _, _ in self._handlers)
         if owner is None or alone:
-            raise SafetyBypassed(f"{type(self._owner).__name__}.{self.name} is guarded and can't be copied alone; copy the pipeline, whose copy is guarded too")
+            raise SafetyBypassed(
+                f"{type(self._owner).__name__}.{self.name} is guarded and can't be copied alone; copy the pipeline, whose copy is guarded too"
+            )
         if self.before is not None and not isinstance(self.before, Seam):
             return deepcopy(self.before, memo)
         return types.MethodType(getattr(type(owner), self.name), owner)
 
     def __reduce__(self) -> Any:
-        raise SafetyBypassed(f"{type(self._owner).__name__} is guarded and can't be pickled; remove the guard first, and attach one after loading")
+        raise SafetyBypassed(
+            f"{type(self._owner).__name__} is guarded and can't be pickled; remove the guard first, and attach one after loading"
+        )
 
 
 def seam(owner: Any, name: str) -> Seam:

@@ -67,7 +67,9 @@ def convert(
     concept: Annotated[str, typer.Option(help="What it finds, e.g. nudity.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.")],
     threshold: Annotated[float, typer.Option(min=0, max=0.9999, help="The probability above which a generation is redirected.")] = 0.5,
-    published: Annotated[bool, typer.Option(help="Keep the behaviour of the released code, defects included.")] = False,
+    near_published: Annotated[
+        bool, typer.Option(help="Keep the behaviour of the released code, defects included, but for where later redirections aim from.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turns a checkpoint of SafeRedir's released code into a bundle."""
@@ -76,22 +78,22 @@ def convert(
     from ..redirector import Redirector
 
     redirector = Redirector.from_official(checkpoint, concept, threshold)
-    save(out, SafeRedir.published([redirector]) if published else SafeRedir(redirectors=(redirector,)))
+    save(out, SafeRedir.near_published([redirector]) if near_published else SafeRedir(redirectors=(redirector,)))
     parameters = sum(parameter.numel() for parameter in redirector.net.parameters())
-    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "published": published}
+    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "near_published": near_published}
     emit(result, as_json, f"{out}: {concept}, {parameters:,} parameters")
 
 
 def _run(pipeline: str) -> Any:
     """A run outside any generation: only its encoders are used."""
     quiet()
-    from ..attach import Guard
+    from .. import backbones  # noqa: F401  (makes the backbones known)
+    from ..backbone import Backbone
     from ..compose import load_pipeline
     from ..run import Run
 
     pipe = load_pipeline(pipeline)
-    with Guard(pipe, ()) as handle:
-        return Run(handle.backbone, type(pipe).encode_prompt.__get__(pipe), None)
+    return Run(Backbone.of(pipe), pipe.encode_prompt, None)
 
 
 def read_pairs(path: Path) -> list[Any]:

@@ -20,7 +20,11 @@ Seed = Annotated[int, typer.Option(help="The random seed.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 ShowMask = Annotated[bool, typer.Option("--show-mask", help="Also write the picture with the guarded region tinted, as NAME-mask.png.")]
 Unjudged = Annotated[
-    str, typer.Option("--unjudged-images", help="If no guard looks at the picture that goes in: warn, refuse, or accept. Guards that do: pre_filter, post_filter.")
+    str,
+    typer.Option(
+        "--unjudged-images",
+        help="If no guard looks at the picture that goes in: warn, refuse, or accept. Guards that do: pre_filter, post_filter.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

@@ -80,8 +80,13 @@ class UVR(Method):
     """Whether anchors of another checkpoint of the same architecture will do."""
 
     @classmethod
-    def published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
-        """The method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85."""
+    def near_published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
+        """The nearest that this class comes to the method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85.
+
+        It differs in the anchors (published: raw means of the last step, τ probed; these are as given), keeps components by the area of the image
+        (published: by softmax mass), has no minimum areas, takes a ring of one token (published: a 7 x 7 ellipse, twice) with a square, and boosts
+        only where there is a mask.
+        """
         common = cls(
             anchors=anchors, sigma=0.85, localise=1.0, memory="latest", text=1.0, renormalise=False, guidance=None, reference=0.2,
             reference_ring=0.4, boost=1.05, noise=0.999, noise_like="unit", ring=1 if editing else 0,
@@ -126,7 +131,12 @@ class UVR(Method):
                 + (f"(until={self.until:g})" if self.sigma is None else f"(noise level of at least {self.sigma:g})")
                 + "; the images are withheld. Widen the window, or take more steps"
             )
-        return super().owed()
+        return super().owed() if self._regulates() else ()
+
+    def _regulates(self) -> bool:
+        """Whether what it would do about a mask changes anything: with every factor at 1 and no noise, it only looks."""
+        reference = bool(self.run.layout.reference) and (self.reference, self.reference_ring, self.boost) != (1, 1, 1)
+        return bool(self.noise) or self.text != 1 or reference or self.guidance is not None
 
     def begin(self) -> None:
         """Nothing is known yet: masks are found on the way."""
