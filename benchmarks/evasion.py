@@ -41,6 +41,8 @@ PIPELINES = ("sd", "sd3", "flux", "kontext")
 FROM_PICTURES = {"sd": StableDiffusionImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}
 OURS = ("callback_scale", "callback_step", "share", "sampler")
 """Settings that are no arguments of a pipeline."""
+MOST = 25
+"""Attempts per family that are looked for among stored ones."""
 START, END = "<!-- figures -->", "<!-- /figures -->"
 
 
@@ -325,7 +327,9 @@ def measure(folder: Path, benches: Sequence[tuple[Bench, Bench]], families: Sequ
     """Makes what is missing."""
     table: Table = {name: {} for name in families}
     for bare, guarded in benches:
-        tried = [(f"{name}-{row}", one) for name in families for row, one in enumerate(attempts(name, bare.name, rows))]
+        tried = [(f"{name}-{row}", one) for name in families for row, one in enumerate(attempts(name, bare.name, rows or MOST))]
+        if not rows:
+            tried = stored_in(folder / "bare" / f"{bare.name}.json", tried)
         seen = kept(folder / "bare" / f"{bare.name}.json", bare, tried)
         drawn = [(key, attempt) for key, attempt in tried if seen[key].both]
         left = kept(folder / "guarded" / f"{bare.name}.json", guarded, drawn, folder / "pictures")
@@ -333,6 +337,12 @@ def measure(folder: Path, benches: Sequence[tuple[Bench, Bench]], families: Sequ
             row = {"name": key, "attempt": told(attempt), "bare": asdict(seen[key]), "guarded": asdict(left[key]) if key in left else None}
             table[key.rsplit("-", 1)[0]].setdefault(bare.name, []).append(row)
     return table
+
+
+def stored_in(file: Path, tried: Batch) -> Batch:
+    """The attempts that were made before."""
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    return [(key, attempt) for key, attempt in tried if key in stored and stored[key]["attempt"] == json.loads(json.dumps(told(attempt)))]
 
 
 def kept(file: Path, bench: Bench, tried: Batch, pictures: Path | None = None) -> dict[str, Seen]:
@@ -435,7 +445,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evasion"))
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
     parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
-    parser.add_argument("--rows", type=int, default=5, help="attempts per family and pipeline (some families take several times as many)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=5,
+        help="attempts per family and pipeline (some families take several times as many); with 0, those that are stored",
+    )
     parser.add_argument("--guards", nargs="+", default=["recommended"])
     parser.add_argument("--set", nargs="+", default=[], metavar="GUARD.FIELD=VALUE")
     parser.add_argument("--batch", type=int, default=16)
