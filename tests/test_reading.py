@@ -11,6 +11,7 @@ from torch import Tensor
 from safelight import guard
 from safelight.detector import Detector
 from safelight.methods.block import Block
+from safelight.methods.dual_latent import DualLatent
 from safelight.reading import segments
 from safelight.testbed.tokenizer import vocabulary
 from safelight.testing import Containing, sample, tiny_pipeline
@@ -109,3 +110,16 @@ def test_a_prompt_that_the_pipeline_rewrites_is_judged_as_rewritten(sd: Any) -> 
 def test_segments() -> None:
     assert segments([1, 5, 6, 2, 2, 7, 2], {1, 2}) == [[5, 6], [7]]
     assert segments([1, 2], {1, 2}) == []
+
+
+def test_safe_guidance_starts_from_a_piece_that_is_harmless(sd: Any) -> None:
+    class Note(DualLatent):
+        seen: list[str] = []
+
+        def begin(self) -> None:
+            super().begin()
+            self.seen[:] = self.run.plain_prompts
+
+    with guard(sd, Note(detector=Containing())):
+        sample(sd, ["a knife </s> a cat </s> a dog", "a knife </s> a knife", "a knife", "a cat"])
+    assert Note.seen == ["a cat", "", "a knife", "a cat"]

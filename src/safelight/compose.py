@@ -199,7 +199,7 @@ def _preset(name: str | None) -> dict[str, Any]:
 def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | None, domain: str | None = None) -> Detector[Any]:
     cls: Any = DETECTORS[name]
     own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
-    given: dict[str, Any] = {field: field_of(cls, field).parse(text) for field, text in own.items()}
+    given: dict[str, Any] = {field: _parsed(cls, field, text) for field, text in own.items()}
     if name == "image_classifier" and "pretrained" not in given:
         given["model"] = _picture_model(pipeline)
         if domain is not None:
@@ -213,6 +213,12 @@ def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | No
     if needed:
         raise ValueError(f"the detector {name} needs --set {name}.{needed[0]}=…")
     return cls(**given)
+
+
+def _parsed(cls: type[Detector[Any]], name: str, text: str) -> Any:
+    """A field's value from its text form; an artefact may have one of its own (`parse` in the field's metadata)."""
+    own = {field.name: field.metadata.get("parse") for field in fields(cls)}.get(name)  # type: ignore[arg-type]
+    return own(text) if own else field_of(cls, name).parse(text)
 
 
 def _bank(pipeline: str, bank: Path | None) -> Bank:

@@ -34,14 +34,13 @@ class Read:
     """As its tokens say: pieces between markers, and all pieces together."""
     opaque: tuple[str, ...] = ()
     """Learned tokens that no word of the vocabulary comes near."""
-    plain: str | None = None
-    """The whole text without the markers that were typed into it; None where none were."""
+    pieces: tuple[str, ...] = ()
+    """What stands between markers that were typed into the text; none, where none were."""
 
     def __or__(self, other: Read) -> Read:
         """What two encoders read."""
         return Read(
-            tuple(dict.fromkeys(self.texts + other.texts)), tuple(dict.fromkeys(self.opaque + other.opaque)),
-            other.plain if self.plain is None else self.plain,
+            tuple(dict.fromkeys(self.texts + other.texts)), tuple(dict.fromkeys(self.opaque + other.opaque)), self.pieces or other.pieces
         )  # fmt: skip
 
 
@@ -102,8 +101,8 @@ def read(reading: Reading, row: int, typed: Sequence[str]) -> Read:
             for one in {token, known.get(token, token)}:
                 texts += [_text(tokenizer, [one if other == token else other for other in joined if other == token or other not in words])]
                 texts += [_text(tokenizer, [one])]
-    plain = _text(tokenizer, joined) if len(pieces) > 1 else None
-    return Read(tuple(dict.fromkeys(text for text in texts if text not in typed)), tuple(opaque), plain)
+    between = tuple(_text(tokenizer, piece) for piece in pieces) if len(pieces) > 1 else ()
+    return Read(tuple(dict.fromkeys(text for text in texts if text not in typed)), tuple(opaque), between)
 
 
 def segments(ids: Sequence[int], markers: set[int]) -> list[list[int]]:

@@ -50,6 +50,7 @@ class Run:
         self._acted: set[tuple[int, int]] = set()
         self._negative: dict[int, Negative] = {}
         self._left_out: tuple[Tensor, tuple[int, ...], Call] | None = None
+        self._flagged_texts: set[str] = set()
         self._begun = False
         self._encode_prompt = encode_prompt
 
@@ -66,9 +67,15 @@ class Run:
 
     @property
     def plain_prompts(self) -> list[str]:
-        """The prompt of each image without the markers of text encoders that were typed into it: what safe guidance starts from."""
-        plain = [read.plain for read in self.readings] or [None] * self.images
-        return [prompt if other is None else other for prompt, other in zip(self.prompts, plain, strict=True)]
+        """The prompt of each image, for safe guidance to start from.
+
+        Of one into which markers of text encoders were typed, the first piece that no detector flagged: such a prompt is put together to mislead.
+        """
+        readings = self.readings or [Read() for _ in range(self.images)]
+        return [
+            next((piece for piece in read.pieces if piece not in self._flagged_texts), "") if read.pieces else prompt
+            for prompt, read in zip(self.prompts, readings, strict=True)
+        ]
 
     @property
     def total(self) -> int:
@@ -149,6 +156,7 @@ class Run:
         pieces = [[piece for text in own for piece in views[text]] for own in described]
         working = detector.within(self)
         verdicts = dict(zip(texts, working.verdicts(texts), strict=True))
+        self._flagged_texts |= {text for text in views if any(verdicts[piece].flagged for piece in views[text])}
         if self.margins is not None:
             margins = dict(zip(texts, working.margins(texts, [verdicts[text] for text in texts]), strict=True))
             self.weigh(range(self.images), torch.stack([torch.stack([margins[piece] for piece in own]).amax() for own in pieces]), 0.0)

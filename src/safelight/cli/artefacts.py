@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ Pipeline = Annotated[str, typer.Option("--pipeline", "-p", help="The pipeline wh
 
 @app.command()
 def bank(
-    pairs: Annotated[Path, typer.Option(help="CSV with the columns unsafe, safe (its twin, may be empty) and category.")],
+    pairs: Annotated[Path, typer.Option(help="Table with the columns unsafe, safe (its twin, may be empty) and category.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bank's file.")],
     pipeline: Pipeline = "testbed/sd",
     benign: Annotated[Path | None, typer.Option(help="Further safe prompts, one a line.")] = None,
@@ -29,8 +28,9 @@ def bank(
     """Builds a bank of known safe and unsafe prompts."""
     from ..bank import Bank
     from ..safe_guidance import token_shifts
+    from ..tables import read_prompts
 
-    known, safe = read_pairs(pairs), read_lines(benign) if benign else []
+    known, safe = read_pairs(pairs), read_prompts(benign) if benign else []
     run = _run(pipeline)
     made = Bank.build(run.pool, known, safe, metric=metric)
     if shifts and any(pair.safe for pair in known):
@@ -52,11 +52,12 @@ def calibrate(
     """Sets a bank's threshold to a false-positive rate, with a guarantee."""
     from ..bank import Bank
     from ..detectors.neighbours import Neighbours
+    from ..tables import read_prompts
 
     known, run = Bank.load(bank), _run(pipeline)
     detector = Neighbours(bank=known, encoder=run.pool)
     known.check(run.pool)
-    calibration = detector.calibrate(read_lines(benign), target_fpr, confidence)
+    calibration = detector.calibrate(read_prompts(benign), target_fpr, confidence)
     replace(known, calibration=calibration).save(bank)
     emit(asdict(calibration) | {"bank": str(bank)}, as_json, f"{bank}: {calibration}")
 
@@ -97,37 +98,14 @@ def _run(pipeline: str) -> Any:
 
 
 def read_pairs(path: Path) -> list[Any]:
-    """Pairs from a CSV file.
+    """Pairs from a table with the columns unsafe and category, and optionally safe.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming the file, the row and what is wrong with it.
     """
     from ..bank import Pair
+    from ..tables import read_table
 
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} can't be read ({error}); give a CSV file with the columns unsafe, safe, category") from None
-    missing = {"unsafe", "category"} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path} lacks the column {sorted(missing)[0]!r} or is empty; it needs unsafe, safe, category")
-    for number, row in enumerate(rows, 2):
-        if not (row["unsafe"] or "").strip() or not (row["category"] or "").strip():
-            raise ValueError(f"{path}, row {number}: unsafe and category must not be empty")
-    return [Pair(row["unsafe"], row.get("safe") or "", row["category"]) for row in rows]
-
-
-def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file.
-
-    Raises:
-        ValueError: if it can't be read or holds none.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read ({error}); give a text file with one prompt a line") from None
-    if not lines:
-        raise ValueError(f"{path} is empty; give a text file with one prompt a line")
-    return lines
+    table = read_table(path)
+    known = table.required("unsafe", "category", needed_by="a bank's list of pairs")
+    return [Pair(unsafe, safe, category) for (unsafe, category), safe in zip(known, table.optional("safe"), strict=True)]
