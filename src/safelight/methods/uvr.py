@@ -49,6 +49,11 @@ class UVR(Method):
     """Regulate while the noise level is at least this, instead of `until`; published: 0.85."""
     localise: Share = 0.25
     """The share of the steps in which to look for unsafe tokens."""
+    late: Share = 0.35
+    """The same for generations that begin late (image to image), as a share of the whole schedule: there, things come up over several steps."""
+    eager: Share = 0.1
+    """How much of the schedule, from where such a generation begins, the masks' level does for τ: what is harmless and looks alike isn't
+    drawn yet."""
     memory: Memory = "union"
     """What becomes of earlier masks: joined with the new one, kept, or replaced by it."""
     text: Factor = 0.0
@@ -165,6 +170,31 @@ class UVR(Method):
             self.noise_levels = self.run.sigmas  # read once: each look at the scheduler's would wait for the device
         return self.noise_levels[index] >= self.sigma
 
+    def _looks_at(self, index: int) -> bool:
+        """Whether to look for unsafe tokens in a step: at least in the first."""
+        return index < max(1, self._steps(self.late if self.run.skipped else self.localise))
+
+    def _steps(self, share: float) -> int:
+        """How many steps are a share of the whole schedule."""
+        return round(share * (self.run.skipped + self.run.total))
+
+    def _check_coverage(self, anchors: Anchors) -> None:
+        """Makes sure, at the first look, that anchors know something of every step in which to look.
+
+        Raises:
+            ArtefactError: if not.
+        """
+        ahead = (index for index in range(self.run.index, self.run.total) if self._looks_at(index) and self._acts_at(index))
+        for index in ahead:
+            anchors.moment((self.run.skipped + index) / (self.run.skipped + self.run.total))
+
+    def _limits(self, anchors: Anchors) -> tuple[float, ...]:
+        """τ of each concept in this step."""
+        if self.threshold is not None:
+            return (self.threshold,) * len(anchors.concepts)
+        eager = self.run.skipped and self.run.index < self._steps(self.eager)
+        return anchors.levels if eager else anchors.thresholds
+
     @property
     def attends(self) -> bool:
         """Whether there is a mask to regulate; until then attention is left alone."""
@@ -184,7 +214,7 @@ class UVR(Method):
         """Looks for unsafe tokens at the probes, and replaces masked outputs by noise."""
         if not self.acting:
             return tokens
-        if str(site) in self.finds and self.run.index < max(1, round(self.localise * self.run.total)):
+        if str(site) in self.finds and self._looks_at(self.run.index):
             self._localise(str(site), tokens)
         rows = self._rows(self.core)
         if not rows or not self.noise or site.stream != "image" or self.run.layout.reference:
@@ -237,9 +267,11 @@ class UVR(Method):
             return
         finds.anchors.check_tokens(tokens, layout)
         anchors = finds.anchors = finds.anchors.at(tokens.device)
+        if not self.looked:
+            self._check_coverage(anchors)
         self.looked = True
         maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
-        limits = anchors.thresholds if self.threshold is None else (self.threshold,) * len(anchors.concepts)
+        limits = self._limits(anchors)
         self.run.weigh(self._call.samples, maps.amax(dim=(2, 3)), limits)
         peaks = maps.amax(dim=(2, 3)).tolist()  # the step's one wait for the device
         for row, image in enumerate(self._call.samples):
