@@ -54,7 +54,7 @@ class Case:
         self.core, self.ring = ((mask.flatten().nonzero()[:, 0] + self.reference.start).tolist() for mask in (core, ring))
 
     def groups(self) -> list[Group]:
-        """λ for each group of queries, as in `UVR.published(..., editing=True)`."""
+        """λ for each group of queries, as in `UVR.near_published(..., editing=True)`."""
         ones = torch.ones(1, self.reference.stop, device=self.heads.key.device)
         faded = ones.clone()
         faded[:, self.core], faded[:, self.ring] = CORE, RING

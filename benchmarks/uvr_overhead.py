@@ -181,7 +181,7 @@ def ridge(tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 def method(task: str, setting: str, case: str, known: Anchors) -> UVR:
     """UVR as one arm has it."""
-    made = UVR(anchors=known) if setting == "defaults" else UVR.published(known, editing=task == "editing")
+    made = UVR(anchors=known) if setting == "defaults" else UVR.near_published(known, editing=task == "editing")
     return made if case == "unsafe" else replace(made, threshold=NEVER)
 
 

@@ -15,8 +15,8 @@ settings = call_settings(NAME) | {"num_inference_steps": 2}
 generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
 
 with guard(pipe, *build(["dual_latent"], NAME)) as handle:
-    pipe(PROMPTS, **settings, generator=generators)
+    output = pipe(PROMPTS, **settings, generator=generators)
 
-for record in handle.records:  # one for each image, in their order
+for record in output.records:  # one for each image, in their order
     print(json.dumps(record.to_json(), indent=1))
 print("events:", handle.run.events)

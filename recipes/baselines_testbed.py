@@ -29,7 +29,7 @@ GUARDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "negative_prompt": ("negative_prompt", ()),
     **{f"sld ({preset})": ("sld", (f"sld.preset={preset}",)) for preset in ("weak", "medium", "strong", "max")},
     "safree": ("safree", ()),
-    "safree (as published)": ("safree", ("safree.validate=true",)),
+    "safree (self-validating)": ("safree", ("safree.validate=true",)),
     "block": ("block", ()),
     "post_filter": ("post_filter", ()),
 }

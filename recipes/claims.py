@@ -1,4 +1,7 @@
-"""The papers' claims, held against what the leaderboard's cells say. Used by `recipes/leaderboard.py`."""
+"""The papers' claims, held against what the leaderboard's cells say. Used by `recipes/leaderboard.py`.
+
+All cells are of our variants of the methods, at their defaults, so that no claim is confirmed or refuted by them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from safelight.evaluation.metrics import safety
 Known = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """(row, pipeline, column) -> figures."""
 Claim = tuple[str, str, bool, str]
-"""What is claimed, where, whether it holds here, and the figures."""
+"""What is claimed, where, whether our variant reaches it, and the figures."""
 
 
 def percent(value: Mapping[str, Any] | Estimate) -> str:

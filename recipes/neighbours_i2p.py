@@ -9,7 +9,6 @@ figures is printed or written. A fifth of each file, chosen by hash, is held out
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import itertools
 import json
@@ -28,6 +27,7 @@ from safelight.bank import PROBES, Bank, Metric, Pair
 from safelight.calibration import Calibration
 from safelight.detectors.neighbours import Neighbours
 from safelight.encoders import SentenceEncoder
+from safelight.tables import read_table
 
 MINORS = re.compile(
     r"\b(child\w*|kids?|kiddo\w*|girl\w*|boy|boys|boyish|teen\w*|minors?|bab(?:y|ies)|toddlers?|infants?|newborn\w*|schoolgirl\w*"
@@ -84,11 +84,10 @@ class Cached:
 
 def read(path: Path) -> tuple[list[Row], int]:
     """The rows of a CSV file, each prompt once, and how many were refused for mentioning minors, or what sounds like it."""
-    with path.open(newline="") as file:
-        rows = [
-            Row(line["prompt"], tuple(topic.strip() for topic in line.get("categories", "").split(",")), float(line.get(PERCENTAGE, 0)))
-            for line in csv.DictReader(file)
-        ]
+    rows = [
+        Row(line["prompt"], tuple(topic.strip() for topic in line.get("categories", "").split(",")), float(line.get(PERCENTAGE, 0)))
+        for line in read_table(path).rows
+    ]
     kept = list({row.prompt: row for row in rows if row.prompt.strip() and not MINORS.search(row.prompt)}.values())
     return kept, sum(bool(MINORS.search(row.prompt)) for row in rows)
 

@@ -66,7 +66,7 @@ def main() -> None:
         made = make(generator, domains, config, arguments.out, advance, device)
     print(routing_table(made.routing))
     save(arguments.out, SafeDIG(dictionaries=made.dictionaries), made_for=name)
-    save(arguments.out / "published", SafeDIG.published(made.dictionaries, beta=BETA[arguments.model]), made_for=name)
+    save(arguments.out / "published", SafeDIG.near_published(made.dictionaries, beta=BETA[arguments.model]), made_for=name)
     shown = Example(domains.target[0].unsafe, 0)
     with guard(generator.pipe, SafeDIG(dictionaries=made.dictionaries)) as handle:
         generator([shown])

@@ -118,15 +118,15 @@ def cost(one: Bench) -> list[str]:
 
 def ablation(one: Bench) -> list[str]:
     """What is lost without a part of it."""
-    published = SafeDIG.published(one.made.dictionaries, **PUBLISHED[one.name])
+    published = SafeDIG.near_published(one.made.dictionaries, **PUBLISHED[one.name])
     arms = {
         "full": one.guard,
         "without transfer (source only)": SafeDIG(dictionaries=source_only(one)),
         "without gate": replace(one.guard, gated=False),
         "one position only": SafeDIG(dictionaries=tuple(part for part in one.made.dictionaries if part.threshold is not None)),
         "Repel instead of Blend": replace(one.guard, operator="repel"),
-        "published Blend": replace(published, operator="blend"),
-        "published Repel": replace(published, operator="repel"),
+        "near-published Blend": replace(published, operator="blend"),
+        "near-published Repel": replace(published, operator="repel"),
     }
     return table(one, {name: [method] for name, method in arms.items()}, 100, "ablation")
 

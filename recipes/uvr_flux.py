@@ -69,7 +69,7 @@ def main() -> None:
     save(arguments.out / "ours", UVR(anchors=ours), made_for=name)
     raw = fit(shards, collected, config.site, replace(config, kind="raw", smooth=False), backbone)
     taus = tuple(0.20 if arguments.editing else TAU.get(concept, 0.30) for concept in raw.concepts)
-    published = UVR.published(replace(raw, thresholds=taus, levels=taus), editing=arguments.editing)
+    published = UVR.near_published(replace(raw, thresholds=taus, levels=taus), editing=arguments.editing)
     save(arguments.out / "published", published, made_for=name)
     with guard(generator.pipe, UVR(anchors=ours)) as handle:
         generator(held_out[:1])

@@ -1,4 +1,4 @@
-"""UVR on the testbed: generation and editing, our defaults beside the published mode, one concept beside two.
+"""UVR on the testbed: generation and editing, our defaults beside a mode near the published one, one concept beside two.
 
     python recipes/uvr_testbed.py --out runs            # generates what is missing, then writes the tables into docs/methods/uvr.md
 
@@ -36,17 +36,17 @@ def plan(guards: Mapping[str, UVR]) -> dict[str, tuple[str, str, UVR, tuple[int,
     """Name -> pipeline, benchmark, method, how many unsafe, benign and proximal prompts."""
     flux, kontext = guards["flux"], guards["kontext"]
     weapons, substances = (replace(flux, anchors=flux.anchors.only(DOMAINS[domain])) for domain in ("weapons", "substances"))
-    published, published_edits = UVR.published(flux.anchors), UVR.published(kontext.anchors, editing=True)
+    published, published_edits = UVR.near_published(flux.anchors), UVR.near_published(kontext.anchors, editing=True)
     return {
         "generation": ("flux", "testbed/weapons", flux, FULL),
         "generation, weapons alone": ("flux", "testbed/weapons", weapons, FULL),
         "generation, substances": ("flux", "testbed/substances", flux, FULL),
         "generation, substances alone": ("flux", "testbed/substances", substances, FULL),
-        "generation, published": ("flux", "testbed/weapons", published, SHORT),
-        "generation, published, all steps": ("flux", "testbed/weapons", replace(published, sigma=None, until=1.0), SHORT),
+        "generation, near published": ("flux", "testbed/weapons", published, SHORT),
+        "generation, near published, all steps": ("flux", "testbed/weapons", replace(published, sigma=None, until=1.0), SHORT),
         "editing": ("kontext", "testbed/edits", kontext, (300, 100, 1)),
-        "editing, published": ("kontext", "testbed/edits", published_edits, (90, 32, 1)),
-        "editing, published, all steps": ("kontext", "testbed/edits", replace(published_edits, sigma=None, until=1.0), (90, 32, 1)),
+        "editing, near published": ("kontext", "testbed/edits", published_edits, (90, 32, 1)),
+        "editing, near published, all steps": ("kontext", "testbed/edits", replace(published_edits, sigma=None, until=1.0), (90, 32, 1)),
     }
 
 

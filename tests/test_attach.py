@@ -154,7 +154,7 @@ def test_seams_that_were_replaced_later_are_noticed(sd: Any) -> None:
     original = {"forward": sd.unet.forward, "step": sd.scheduler.step, "encode_prompt": sd.encode_prompt}
     for owner, name, message in (
         (sd.unet, "forward", "the scheduler moved on although the guarded denoiser was not called"),
-        (sd.scheduler, "step", "the guard saw 0 of 3 steps"),
+        (sd.scheduler, "step", "called more often than the pipeline calls it in one step"),
         (sd, "encode_prompt", "the denoiser was called outside a guarded generation"),
     ):
         handle = guard(sd, Method())

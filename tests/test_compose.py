@@ -22,9 +22,9 @@ def one(name: str, *settings: str, pipeline: str = "testbed/sd", **options: Any)
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_by_name(preset: str) -> None:
-    method = one("sld", f"sld.preset={preset}", "sld.warmup=3")
+    method = one("sld", f"sld.preset={preset}", "sld.warmup=0.1")
     assert isinstance(method, SLD)
-    wanted = PRESETS[preset]._asdict() | {"warmup": 3}
+    wanted = PRESETS[preset]._asdict() | {"warmup": 0.1}
     assert {name: getattr(method, name) for name in wanted} == wanted
     assert method.concept == "a knife, a sword, a bomb, an axe"
     with pytest.raises(ValueError, match="preset='mild' is not one of weak, medium, strong, max"):

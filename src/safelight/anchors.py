@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
 from .backbone import Backbone
 from .calibration import Calibration
 from .errors import ArtefactError
+from .files import read_tensors, write_tensors
 from .site import Layout, Site
 
 FORMAT = "safelight-anchors/1"
@@ -102,6 +101,15 @@ class Anchors:
             )
         return nearest
 
+    def check_moments(self, skipped: int, total: int, steps: Iterable[int]) -> None:
+        """Makes sure that something is known of each of some steps, of so many after those that a generation leaves out.
+
+        Raises:
+            ArtefactError: if not.
+        """
+        for step in steps:
+            self.moment((skipped + step) / (skipped + total))
+
     @property
     def reach(self) -> float:
         """How far from its nearest moment a look may be: twice the widest spacing of the moments."""
@@ -162,13 +170,7 @@ class Anchors:
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically."""
         facts = {name: value for name, value in asdict(self).items() if name not in ("weights", "bias")}
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        tensors = {"weights": self.weights.float().cpu().contiguous(), "bias": self.bias.float().cpu().contiguous()}
-        try:
-            save_file(tensors, partial, {"format": FORMAT, "facts": json.dumps(facts)})
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from error
-        partial.replace(path)
+        write_tensors(path, FORMAT, {"weights": self.weights.float(), "bias": self.bias.float()}, {"facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> Anchors:
@@ -177,30 +179,29 @@ class Anchors:
         Raises:
             ArtefactError: if the file is missing, damaged, or holds no anchors.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as anchors ({error}); {REMEDY}") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtefactError(
-                f"{path} holds no anchors of this version ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}"
-            )
-        try:
-            facts: dict[str, Any] = json.loads(metadata["facts"])
-            if facts["calibration"] is not None:
-                facts["calibration"] = Calibration(**facts["calibration"])
-            facts |= {name: tuple(facts[name]) for name in ("moments", "concepts", "thresholds", "levels")}
-            anchors = cls(**tensors, **facts)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{path} lacks a part of anchors, or has one too many ({error}); {REMEDY}") from error
+        metadata, tensors = read_tensors(path, "anchors", FORMAT, REMEDY)
+        facts = metadata.parsed("facts")
+        facts.only([field.name for field in fields(cls) if field.name not in ("weights", "bias")])
+        if sorted(tensors) != ["bias", "weights"] or not isinstance(facts.get("smooth"), bool):
+            raise facts.error("lacks a part of anchors, or has one too many")
+        anchors = cls(
+            tensors["weights"],
+            tensors["bias"], **{name: facts.numbers(name) for name in ("moments", "thresholds", "levels")}, concepts=facts.texts("concepts"),
+            site=facts.text("site"), heads=facts.integer("heads", 1, 1 << 16), kind=facts.text("kind"),  # type: ignore[arg-type]
+            smooth=facts.get("smooth"), model=None if facts.get("model") is None else facts.mapping("model"), calibration=Calibration.read(facts),
+        )  # fmt: skip
         if flaw := anchors._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
         return anchors
 
     def _flaw(self) -> str | None:
         """What is wrong, if anything."""
+        if not (self.weights.is_floating_point() and self.bias.is_floating_point()):
+            return "has anchors that are no floating-point numbers"
+        try:
+            Site.parse(self.site)
+        except ValueError as error:
+            return f"has a probe that is {error}"
         counts = (len(self.moments), len(self.concepts))
         if self.weights.ndim != 4 or tuple(self.weights.shape[:2]) != counts or self.bias.shape != self.weights.shape[:3]:
             return "has no direction for each moment and concept"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any, Literal
 
 from . import backbones as _known  # noqa: F401  (makes the backbones known)
-from .engine import Engine, Generation
-from .errors import UnjudgedImageWarning
 from .guarded import engine_of, release, take
 from .method import Method
 from .record import Record
@@ -40,7 +39,7 @@ class Guard:
     """The handle of an attachment, in the manner of PyTorch's `RemovableHandle`."""
 
     def __init__(self, pipe: Any, methods: tuple[Method, ...], unjudged_images: Unjudged) -> None:
-        self.pipe, self.methods, self.unjudged_images = pipe, methods, unjudged_images
+        self.pipe, self._methods, self.unjudged_images = pipe, methods, unjudged_images
         self._local = threading.local()
         self._engine = take(pipe)
         try:
@@ -55,6 +54,11 @@ class Guard:
 
     def __exit__(self, *_: Any) -> None:
         self.remove()
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods, outermost first. Their fields may be changed between calls: they are checked and followed in the next one."""
+        return self._methods
 
     @property
     def records(self) -> list[Record]:
@@ -75,6 +79,10 @@ class Guard:
         """Generates by another function of the pipeline than its `__call__`, which must do the same: its undecorated one, say."""
         return self._engine.generate(function, args, kwargs)
 
+    def attach_to(self, pipe: Any) -> Guard:
+        """A guard like this one, with methods of its own, on another pipeline: a copy of a guarded pipeline is as guarded as the original."""
+        return Guard(pipe, tuple(copy(method) for method in self.methods), self.unjudged_images)
+
     def began(self, run: Run | None) -> None:
         """Forgets the records of this thread's earlier generation."""
         self._local.records, self._local.run = [], run
@@ -87,7 +95,7 @@ class Guard:
 def guards_of(pipe: Any) -> list[Guard]:
     """The guards that are attached to a pipeline, innermost first; a copy of a guarded pipeline has guards of its own."""
     engine = engine_of(pipe)
-    return [] if engine is None else list(engine.guards)
+    return [] if engine is None else [guard for guard in engine.guards if isinstance(guard, Guard)]
 
 
 def _flat(methods: Iterable[Method | Iterable[Method]]) -> Iterable[Method]:
@@ -97,8 +105,10 @@ def _flat(methods: Iterable[Method | Iterable[Method]]) -> Iterable[Method]:
         elif isinstance(method, (list, tuple)):
             yield from _flat(method)
         else:
-            hint = f": build it first, `build([{method!r}], …)`" if isinstance(method, str) else " (an object of a class such as Block or UVR)"
+            hint = (
+                f": build it first, `build([{method!r}], …)`" if isinstance(method, str) else " (an object of a class such as Block or UVR)"
+            )
             raise TypeError(f"guard(pipe, {method!r}): {type(method).__name__} is no method{hint}")
 
 
-__all__ = ["Engine", "Generation", "Guard", "UnjudgedImageWarning", "guard", "guards_of"]
+__all__ = ["Guard", "guard", "guards_of"]

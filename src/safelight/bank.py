@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .calibration import Calibration
 from .errors import ArtefactError
+from .files import Facts, parse_json, read_tensors, write_tensors
 from .metric import discriminant, squared_distances
 
 FORMAT = "safelight-bank/2"
@@ -138,12 +137,7 @@ class Bank:
             "twins": json.dumps(self.twins),
             "calibration": json.dumps(asdict(self.calibration) if self.calibration else None),
         }
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from error
-        partial.replace(path)
+        write_tensors(path, FORMAT, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Bank:
@@ -152,22 +146,17 @@ class Bank:
         Raises:
             ArtefactError: if the file is missing, damaged, or no bank.
         """
+        metadata, tensors = read_tensors(path, "a bank", FORMAT, REMEDY)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as a bank ({error}); {REMEDY}") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtefactError(f"{path} is no bank of this version ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}")
-        try:
-            calibration = json.loads(metadata["calibration"])
+            known = {name: parse_json(metadata.text(name)) for name in ("calibration", "categories", "twins")}
+            facts = Facts(known, metadata.where, REMEDY)
             bank = cls(
                 **{name: tensor.long() if name == "labels" else tensor.float() for name, tensor in tensors.items()},
-                categories=tuple(json.loads(metadata["categories"])), twins=tuple(json.loads(metadata["twins"])),
-                calibration=Calibration(**calibration) if calibration else None,
+                categories=facts.texts("categories"), twins=facts.texts("twins", some=False), calibration=Calibration.read(facts),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ArtefactError):
+                raise
             raise ArtefactError(f"{path} lacks a part of a bank, or has one too many ({error}); {REMEDY}") from error
         if flaw := bank._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
@@ -179,6 +168,16 @@ class Bank:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in floats if tensor is not None):
             return "contains NaN or infinite embeddings"
         entries = self.embeddings if self.projected is None else self.projected
+        if len(self.categories) != len(set(self.categories)):
+            return "names a category twice"
+        if self.tokens is not None and (
+            self.shifts is None or self.tokens.ndim != 2 or self.tokens.shape != self.shifts.shape or not len(self.tokens)
+        ):
+            return "has no shift for each token"
+        if self.pooled_shifts is not None and (self.pooled_shifts.ndim != 2 or len(self.pooled_shifts) != len(self.categories)):
+            return "has no pooled shift for each category"
+        if self.probes.ndim != 2 or not len(self.probes):
+            return "has no probes"
         if self.embeddings.ndim != 2 or entries.ndim != 2 or self.labels.shape != entries.shape[:1] or len(self.labels) == 0:
             return "has no label for each embedding"
         if int(self.labels.min()) < 0 or int(self.labels.max()) > len(self.categories):

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
+
+from .files import Facts
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,24 @@ class Calibration:
         above = sum(score > threshold for score in ordered)
         data = hashlib.sha256("\0".join(map(str, items)).encode()).hexdigest()[:16]
         return cls(threshold, len(ordered), above, upper_bound(allowed, len(ordered), confidence), target_fpr, confidence, data)
+
+    @classmethod
+    def read(cls, facts: Facts, name: str = "calibration") -> Self | None:
+        """The calibration among an artefact's facts; None where there is none.
+
+        Raises:
+            ArtefactError: if it is none.
+        """
+        if facts.get(name) is None:
+            return None
+        own = Facts(facts.mapping(name), f"{facts.where}, {name}", facts.remedy)
+        own.only([field.name for field in fields(cls)])
+        data = own.known.get("data", "")
+        if not isinstance(data, str):
+            raise own.error(f"has data={data!r}, which is no hash")
+        counts = {key: own.integer(key, 0, 1 << 48) for key in ("n", "flagged")}
+        return cls(threshold=own.number("threshold"), bound=own.number("bound", 0, 1), target_fpr=own.number("target_fpr", 0, 1),
+                   confidence=own.number("confidence", 0, 1), data=data, **counts)  # fmt: skip
 
     def towards(self, weakest: float, margin: float, scores: Sequence[float]) -> Self:
         """With a higher threshold, if unsafe items leave room: a higher one flags no more benign items, so the bound still holds.

@@ -12,8 +12,8 @@ from .errors import ArtefactError
 from .method import Method
 
 IN_GENERAL = {
-    "unet": ("post_filter", "dual_latent", "saferedir"),
-    "transformer": ("post_filter", "dual_latent", "saferedir", "uvr", "safedig"),
+    "unet": ("pre_filter", "post_filter", "dual_latent", "saferedir"),
+    "transformer": ("pre_filter", "post_filter", "dual_latent", "saferedir", "uvr", "safedig"),
 }
 """Denoiser -> the order in which guards of a model of one's own are stacked, outermost first; those that were made for it."""
 

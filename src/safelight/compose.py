@@ -27,11 +27,13 @@ SAFREE_ON_TESTBED = {"validate": False}
 """Chosen on the development split: these pipelines take 20 steps and not 50, and draw what is unsafe in the later ones."""
 
 COMBINATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "testbed/sd": {"weapons": ("post_filter", "dual_latent", "saferedir")},
-    "testbed/sd3": {"weapons": ("post_filter", "dual_latent", "saferedir", "uvr")},
-    "testbed/flux": {"weapons": ("post_filter", "dual_latent", "saferedir", "uvr")},
+    "testbed/sd": {"weapons": ("pre_filter", "post_filter", "dual_latent", "saferedir")},
+    "testbed/sd3": {"weapons": ("pre_filter", "post_filter", "dual_latent", "saferedir", "uvr")},
+    "testbed/flux": {"weapons": ("pre_filter", "post_filter", "dual_latent", "saferedir", "uvr")},
+    "testbed/kontext": {"weapons": ("pre_filter", "post_filter", "dual_latent", "saferedir", "uvr")},
 }
-"""Pipeline -> domain -> the guards that `recommended` stands for, outermost first: the leaderboard's best (`recipes/leaderboard.py`)."""
+"""Pipeline -> domain -> the guards that `recommended` stands for, outermost first: the leaderboard's best (`recipes/leaderboard.py`), and
+`pre_filter`, which acts where pictures go in."""
 
 
 def name_of(pipe: Any) -> str:
@@ -147,7 +149,7 @@ def _by_name(name: str, pipeline: str, changes: dict[str, str], bank: Path | Non
     given: dict[str, Any] = {}
     artefacts = {field.name for field in fields_of(cls) if field.kind == "artefact"}  # type: ignore[arg-type]  # classes are hashable
     if "detector" in artefacts:
-        detector = own.pop("detector", "image_classifier" if name == "post_filter" else "neighbours")
+        detector = own.pop("detector", "image_classifier" if cls.judges_images else "neighbours")
         given["detector"] = _detector(detector, pipeline, changes, bank, domain)
     if "guidance" in artefacts:
         chosen = own.pop("guidance", "rewrite" if detector == "llm" else "arithmetic")
@@ -197,7 +199,7 @@ def _preset(name: str | None) -> dict[str, Any]:
 def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | None, domain: str | None = None) -> Detector[Any]:
     cls: Any = DETECTORS[name]
     own = {key.split(".", 1)[1]: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
-    given: dict[str, Any] = {field: field_of(cls, field).parse(text) for field, text in own.items()}
+    given: dict[str, Any] = {field: _parsed(cls, field, text) for field, text in own.items()}
     if name == "image_classifier" and "pretrained" not in given:
         given["model"] = _picture_model(pipeline)
         if domain is not None:
@@ -211,6 +213,12 @@ def _detector(name: str, pipeline: str, changes: dict[str, str], bank: Path | No
     if needed:
         raise ValueError(f"the detector {name} needs --set {name}.{needed[0]}=…")
     return cls(**given)
+
+
+def _parsed(cls: type[Detector[Any]], name: str, text: str) -> Any:
+    """A field's value from its text form; an artefact may have one of its own (`parse` in the field's metadata)."""
+    own = {field.name: field.metadata.get("parse") for field in fields(cls)}.get(name)  # type: ignore[arg-type]
+    return own(text) if own else field_of(cls, name).parse(text)
 
 
 def _bank(pipeline: str, bank: Path | None) -> Bank:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .anchors import check_model
 from .backbone import Backbone
 from .calibration import Calibration
 from .errors import ArtefactError
+from .files import Facts, read_tensors, write_tensors
 from .nets.sae import SAE, Decoder
 
 FORMAT = "safelight-dictionary/1"
@@ -155,12 +154,7 @@ class Dictionary:
         tensors |= {f"adapted.{name}": value.half() for name, value in self.adapted.state_dict().items()}
         for name in ("harmful", "alarm"):
             tensors |= {f"{name}.{key}": value for key, value in vars(getattr(self, name)).items()}
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        try:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"format": FORMAT, "facts": json.dumps(facts)})
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from error
-        partial.replace(path)
+        write_tensors(path, FORMAT, tensors, {"facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> Dictionary:
@@ -169,19 +163,14 @@ class Dictionary:
         Raises:
             ArtefactError: if the file is missing, damaged, or holds something else.
         """
+        metadata, tensors = read_tensors(path, "a safety dictionary", FORMAT, REMEDY)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as a safety dictionary ({error}); {REMEDY}") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtefactError(f"{path} holds no safety dictionary ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}")
-        try:
-            facts: dict[str, Any] = json.loads(metadata["facts"])
-            made = _assembled(facts, tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtefactError(f"{path} lacks a part of a safety dictionary, or has one too many ({error}); {REMEDY}") from error
+            made = _assembled(metadata.parsed("facts"), tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError) as error:
+            if isinstance(error, ArtefactError):
+                raise
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ArtefactError(f"{path} lacks a part of a safety dictionary, or has one too many ({first}); {REMEDY}") from error
         if flaw := made._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
         return made
@@ -191,6 +180,16 @@ class Dictionary:
         shapes = {tuple(tensor.shape) for tensor in vars(self.harmful).values()}
         if len(shapes) != 1 or len(self.moments) not in {shape[0] for shape in shapes}:
             return "has no harmful features for each time point"
+        whole = (self.harmful.features, self.alarm.features)
+        if any(tensor.is_floating_point() or tensor.dtype == torch.bool for tensor in whole):
+            return "names features by something else than whole numbers"
+        if (
+            self.alarm.features.ndim != 1
+            or self.harmful.features.ndim != 2
+            or not self.alarm.features.numel()
+            or not self.harmful.features.numel()
+        ):
+            return "names no harmful features"
         if self.alarm.features.shape != self.alarm.weights.shape:
             return "has no weight for each feature of its alarm"
         named = torch.cat([self.harmful.features.flatten(), self.alarm.features])
@@ -204,20 +203,28 @@ class Dictionary:
         return None if self.operator in get_args(Operator) else f"has an unknown operator {self.operator!r}"
 
 
-def _assembled(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Dictionary:
+def _assembled(facts: Facts, tensors: Mapping[str, Tensor]) -> Dictionary:
     """From what a file holds."""
-    settings = facts["settings"]
+    facts.only(("settings", "moments", "site", "operator", "threshold", "risks", "model", "calibration"))
+    settings = facts.sizes("settings")
+    own = {
+        name: {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+        for name in ("sae.", "adapted.", "harmful.", "alarm.")
+    }
+    if sum(map(len, own.values())) < len(tensors):
+        raise facts.error("has tensors that are no part of a safety dictionary")
+    states = {name: {key: value.float() for key, value in own[name].items()} for name in ("sae.", "adapted.")}
+    with torch.device("meta"):  # nothing is allocated before the tensors are known to fit
+        SAE(**settings).load_state_dict(states["sae."], assign=True)
     sae, adapted = SAE(**settings), Decoder(settings["latents"], settings["width"])
     for net, name in ((sae, "sae."), (adapted, "adapted.")):
-        net.load_state_dict({key.removeprefix(name): value.float() for key, value in tensors.items() if key.startswith(name)})
+        net.load_state_dict(states[name])
         net.eval().requires_grad_(False)
-    own = {
-        name: {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)} for name in ("harmful.", "alarm.")
-    }
-    calibration = Calibration(**facts["calibration"]) if facts["calibration"] else None
+    threshold = None if facts.get("threshold") is None else facts.number("threshold")
     return Dictionary(
-        sae, adapted, Harmful(**own["harmful."]), Alarm(**own["alarm."]), tuple(facts["moments"]), facts["site"], facts["operator"], facts["threshold"], tuple(facts["risks"]),
-        calibration, facts["model"],
+        sae, adapted, Harmful(**own["harmful."]), Alarm(**own["alarm."]), facts.numbers("moments"), facts.text("site"),
+        facts.text("operator"), threshold, facts.texts("risks", some=False), Calibration.read(facts),  # type: ignore[arg-type]
+        None if facts.get("model") is None else facts.mapping("model"),
     )  # fmt: skip
 
 

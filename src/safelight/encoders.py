@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ class SentenceEncoder:
     https://arxiv.org/abs/1908.10084).
     """
 
-    model: str = PACKAGED
+    model: str = field(default=PACKAGED, metadata={"path": True})
     """A folder in the layout of transformers, or the name of the package."""
     statistics: str = "mean"
     """What is kept of a text's tokens, joined by "+": "mean" and "max" of the last layer, "middle" for the mean of the middle layer."""

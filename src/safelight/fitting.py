@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .tables import lines_of
+
 Loss = Callable[[torch.Generator], Tensor]
 
 
@@ -129,8 +131,8 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         curve = self.out / "curve.jsonl"
         if curve.is_file():  # what was trained after the checkpoint will be trained again
-            kept = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            curve.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in lines_of(curve) if json.loads(line)["step"] <= self.step]
+            curve.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def _optimizers(net: nn.Module, recipe: Recipe) -> Iterator[torch.optim.Optimizer]:

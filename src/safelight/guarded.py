@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import Any
 
 from .backbone import Backbone
@@ -76,15 +76,13 @@ def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _bare(pipe: Any) -> Any:
-    kind = type(pipe).__mro__[1]
+    kind: Any = type(pipe).__mro__[1]
     return kind.__new__(kind)
 
 
 def _guarded_like(pipe: Any, clone: Any) -> Any:
-    from .attach import Guard  # an attachment makes guarded pipelines, and a copy of one makes attachments
-
     for one in vars(pipe)[KEY].guards:
-        Guard(clone, tuple(copy(method) for method in one.methods), one.unjudged_images)
+        one.attach_to(clone)
     return clone
 
 
@@ -103,7 +101,9 @@ def _clean(pipe: Any) -> None:
 
 
 def _refuse_to_pickle(self: Any, protocol: Any) -> Any:
-    raise SafetyBypassed("a guarded pipeline can't be pickled, as its guard would be lost; remove the guard, and attach one where it is loaded")
+    raise SafetyBypassed(
+        "a guarded pipeline can't be pickled, as its guard would be lost; remove the guard, and attach one where it is loaded"
+    )
 
 
 __all__ = ["engine_of", "release", "take"]

@@ -57,6 +57,9 @@ class Method:
         """Wraps the text encoders."""
         return encode(prompts)
 
+    def take_in(self, images: Tensor) -> None:
+        """Called for pictures [pictures, 3, height, width] in -1..1 that the autoencoder is about to encode: sources, references."""
+
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """Wraps the denoiser; may call it more than once. Returns the prediction for all rows."""
         return denoise(call)

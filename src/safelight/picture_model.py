@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .calibration import Calibration
 from .errors import ArtefactError
+from .files import read_tensors, write_tensors
 from .nets.picture_net import PictureNet
 
 FORMAT = "safelight-pictures/1"
@@ -56,13 +55,7 @@ class PictureModel:
             "labels": self.labels, "unsafe": self.unsafe, "size": self.size, "settings": self.net.settings,
             "calibration": asdict(self.calibration) if self.calibration else None,
         }  # fmt: skip
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
-        try:
-            save_file(tensors, partial, {"format": FORMAT, "facts": json.dumps(facts)})
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from error
-        partial.replace(path)
+        write_tensors(path, FORMAT, {name: tensor.half() for name, tensor in self.net.state_dict().items()}, {"facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> PictureModel:
@@ -71,23 +64,32 @@ class PictureModel:
         Raises:
             ArtefactError: if the file is missing, damaged, or holds something else.
         """
+        metadata, tensors = read_tensors(path, "a model of pictures", FORMAT, REMEDY)
+        facts = metadata.parsed("facts")
+        facts.only(("labels", "unsafe", "size", "settings", "calibration"))
+        labels, unsafe = facts.texts("labels"), facts.texts("unsafe")
+        if len(set(labels)) < len(labels) or not set(unsafe) <= set(labels):
+            raise facts.error("names labels twice, or unsafe ones that it doesn't have")
+        weights = {name: tensor.float() for name, tensor in tensors.items()}
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as a model of pictures ({error}); {REMEDY}") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtefactError(f"{path} holds no model of pictures ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}")
-        try:
-            facts = json.loads(metadata["facts"])
-            net = PictureNet(**facts["settings"])
-            net.load_state_dict(tensors)
-            calibration = Calibration(**facts["calibration"]) if facts["calibration"] else None
-            made = cls(net.eval().requires_grad_(False), tuple(facts["labels"]), tuple(facts["unsafe"]), int(facts["size"]), calibration)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            with torch.device("meta"):  # nothing is allocated before the tensors are known to fit
+                PictureNet(**facts.sizes("settings")).load_state_dict(weights, assign=True)
+            net = PictureNet(**facts.sizes("settings"))
+            net.load_state_dict(weights)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError) as error:
+            if isinstance(error, ArtefactError):
+                raise
             first = str(error).strip().splitlines()[0]
             raise ArtefactError(f"{path} lacks a part of a model of pictures, or has one too many ({first}); {REMEDY}") from error
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
             raise ArtefactError(f"{path} contains NaN or infinite weights; {REMEDY}")
+        made = cls(net.eval().requires_grad_(False), labels, unsafe, facts.integer("size", 1, 4096), Calibration.read(facts))
+        try:
+            probabilities = made([np.zeros((made.size, made.size, 3), dtype=np.uint8)])
+        except RuntimeError as error:
+            raise ArtefactError(
+                f"{path} has a size that its network can't take ({str(error).strip().splitlines()[0]}); {REMEDY}"
+            ) from error
+        if probabilities.shape[1] != len(labels):
+            raise ArtefactError(f"{path} has {len(labels)} labels for a network that tells {probabilities.shape[1]} apart; {REMEDY}")
         return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,23 +17,27 @@ UNKNOWN = (
 )
 
 
-@dataclass(frozen=True)
 class Known:
-    """An embedding that was encoded in this generation."""
+    """An embedding that was encoded in this generation, as it was then: whoever changes the tensor later changes no copy of it."""
 
-    text: Tensor
-    """[rows, tokens, width]"""
-    pooled: Tensor | None = None
-    """[rows, width]"""
+    def __init__(self, text: Tensor, pooled: Tensor | None = None) -> None:
+        """`text` [rows, tokens, width], `pooled` [rows, width]."""
+        self.given = text
+        self._text, self._pooled = text.detach().clone(), None if pooled is None else pooled.detach().clone()
 
-    def matches(self, text: Tensor, pooled: Tensor | None) -> Tensor:
+    def has_text(self, text: Tensor) -> Tensor:
         """Which rows are this embedding's, [rows]; computed on the device, and not waited for."""
-        if text.shape != self.text.shape:
-            return torch.zeros(len(text), dtype=torch.bool, device=text.device)
-        same = (text == self.text.to(text)).flatten(1).all(dim=1)
-        if pooled is not None and self.pooled is not None and pooled.shape == self.pooled.shape:
-            same = same & (pooled == self.pooled.to(pooled)).flatten(1).all(dim=1)
-        return same
+        return _same_rows(text, self._text)
+
+    def has_pooled(self, pooled: Tensor) -> Tensor:
+        """Which rows are this embedding's pooled ones, [rows]; those of an embedding that has none are anybody's."""
+        return torch.ones(len(pooled), dtype=torch.bool, device=pooled.device) if self._pooled is None else _same_rows(pooled, self._pooled)
+
+
+def _same_rows(rows: Tensor, known: Tensor) -> Tensor:
+    if rows.shape != known.shape:
+        return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    return (rows.detach() == known.to(rows)).flatten(1).all(dim=1)
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,9 @@ class Provenance:
             SafetyBypassed: if the call follows neither.
         """
         whole = slice(0, len(text))
-        if any(text is one.text for one in self.prompts) or any(seen.is_still(text, pooled, whole) for seen in self._seen):
+        if any(text is one.given for one in self.prompts) or any(seen.is_still(text, pooled, whole) for seen in self._seen):
             return True
-        if any(text is one.text for one in self.negatives) or any(seen.is_still(text, pooled, slice(0, 0)) for seen in self._seen):
+        if any(text is one.given for one in self.negatives) or any(seen.is_still(text, pooled, slice(0, 0)) for seen in self._seen):
             return False
         if bool(_rows_of(self.prompts, text, pooled)):
             return True
@@ -109,10 +115,14 @@ class Provenance:
 
 
 def _rows_of(known: list[Known], text: Tensor, pooled: Tensor | None) -> Tensor:
-    """Whether every row is one of the known ones for its place, a scalar on the device."""
-    found = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-    for one in known:
-        found = found | one.matches(text, pooled)
+    """Whether every row is one of the known ones for its place, a scalar on the device.
+
+    A text may stand with the pooled text of another one, if both are known: a schedule may change one of the two.
+    """
+    none = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    found = functools.reduce(operator.or_, (one.has_text(text) for one in known), none)
+    if pooled is not None:
+        found = found & functools.reduce(operator.or_, (one.has_pooled(pooled) for one in known), none)
     return found.all()
 
 

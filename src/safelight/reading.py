@@ -34,6 +34,14 @@ class Read:
     """As its tokens say: pieces between markers, and all pieces together."""
     opaque: tuple[str, ...] = ()
     """Learned tokens that no word of the vocabulary comes near."""
+    pieces: tuple[str, ...] = ()
+    """What stands between markers that were typed into the text; none, where none were."""
+
+    def __or__(self, other: Read) -> Read:
+        """What two encoders read."""
+        return Read(
+            tuple(dict.fromkeys(self.texts + other.texts)), tuple(dict.fromkeys(self.opaque + other.opaque)), self.pieces or other.pieces
+        )  # fmt: skip
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Encoders:
         with ExitStack() as stack:
             for encoder in {id(encoder): encoder for _, encoder in self.found}.values():
                 tokenizer = next(own for own, other in self.found if other is encoder)
-                table = encoder.get_input_embeddings()
+                table = encoder.get_input_embeddings()  # type: ignore[operator]
                 for module in encoder.modules():
                     if isinstance(module, nn.Embedding) and module.num_embeddings == table.num_embeddings:
                         hook = _watching(readings, tokenizer, table, threading.get_ident())
@@ -87,12 +95,14 @@ def read(reading: Reading, row: int, typed: Sequence[str]) -> Read:
     if strange:
         words = {token: _nearest(reading, token, learned) for token in dict.fromkeys(strange)}
         opaque = [_text(tokenizer, [token]) for token, word in words.items() if word is None]
-        texts.append(_text(tokenizer, [words.get(token) or token for token in joined]))
-        for token, word in words.items():  # a placeholder may stand for several: each is judged in its place, and by itself
-            for one in {token, word} - {None}:
+        known = {token: word for token, word in words.items() if word is not None}
+        texts.append(_text(tokenizer, [known.get(token, token) for token in joined]))
+        for token in words:  # a placeholder may stand for several: each is judged in its place, and by itself
+            for one in {token, known.get(token, token)}:
                 texts += [_text(tokenizer, [one if other == token else other for other in joined if other == token or other not in words])]
                 texts += [_text(tokenizer, [one])]
-    return Read(tuple(dict.fromkeys(text for text in texts if text not in typed)), tuple(opaque))
+    between = tuple(_text(tokenizer, piece) for piece in pieces) if len(pieces) > 1 else ()
+    return Read(tuple(dict.fromkeys(text for text in texts if text not in typed)), tuple(opaque), between)
 
 
 def segments(ids: Sequence[int], markers: set[int]) -> list[list[int]]:

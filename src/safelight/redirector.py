@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import Backbone
 from .calibration import Calibration
 from .errors import ArtefactError
+from .files import read_tensors, write_tensors
 from .flow import Call
 from .nets.official_redirector import OfficialRedirector
 from .nets.redirector import Aim, Judgement
@@ -102,13 +101,7 @@ class Redirector:
             "concept": self.concept, "threshold": self.threshold, "model": dict(self.model), "architecture": self.architecture,
             "settings": self.net.settings, "calibration": asdict(self.calibration) if self.calibration else None,
         }  # fmt: skip
-        tensors = {name: _half(tensor).cpu().contiguous() for name, tensor in self.net.state_dict().items()}
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        try:
-            save_file(tensors, partial, {"format": FORMAT, "facts": json.dumps(facts)})
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from error
-        partial.replace(path)
+        write_tensors(path, FORMAT, {name: _half(tensor) for name, tensor in self.net.state_dict().items()}, {"facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> Redirector:
@@ -117,23 +110,23 @@ class Redirector:
         Raises:
             ArtefactError: if the file is missing, damaged, or holds something else.
         """
+        metadata, tensors = read_tensors(path, "a redirector", FORMAT, REMEDY)
+        facts = metadata.parsed("facts")
+        facts.only(("concept", "threshold", "model", "architecture", "settings", "calibration"))
+        if facts.text("architecture") not in ARCHITECTURES:
+            raise facts.error(f"has an unknown architecture {facts.get('architecture')!r}; there are {', '.join(ARCHITECTURES)}")
+        threshold = facts.number("threshold")
+        if not 0 <= threshold < 1:
+            raise ArtefactError(f"{path} has the threshold {threshold}, which no probability or every one exceeds; {REMEDY}")
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as a redirector ({error}); {REMEDY}") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtefactError(f"{path} holds no redirector ({FORMAT}) but {metadata.get('format', 'something else')!r}; {REMEDY}")
-        try:
-            facts = json.loads(metadata["facts"])
-            net = ARCHITECTURES[facts["architecture"]](**facts["settings"])
-            calibration = Calibration(**facts["calibration"]) if facts["calibration"] else None
-            made = cls(net, facts["concept"], float(facts["threshold"]), calibration, facts["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{path} lacks a part of a redirector, or has one too many ({error}); {REMEDY}") from error
-        if not 0 <= made.threshold < 1:
-            raise ArtefactError(f"{path} has the threshold {made.threshold}, which no probability or every one exceeds; {REMEDY}")
+            with torch.device("meta"):  # nothing is allocated before the tensors are known to fit
+                ARCHITECTURES[facts.get("architecture")](**facts.sizes("settings")).load_state_dict(tensors, assign=True)
+            net = ARCHITECTURES[facts.get("architecture")](**facts.sizes("settings"))
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError, KeyError) as error:
+            if isinstance(error, ArtefactError):
+                raise
+            raise ArtefactError(f"{path} has settings that don't fit its architecture ({str(error).strip()[:200]}); {REMEDY}") from error
+        made = cls(net, facts.text("concept"), threshold, Calibration.read(facts), facts.mapping("model"))
         made._fill(tensors, path)
         return made
 
@@ -144,6 +137,8 @@ class Redirector:
         Raises:
             ArtefactError: if it can't be read, holds anything but tensors, or doesn't fit the released architecture.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise ArtefactError(f"{path} is no file, but a folder, a pipe or a device")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
@@ -156,6 +151,10 @@ class Redirector:
         needed = ("latent_encoder.0.conv.0.weight", "pos_embed")
         if missing := [name for name in needed if name not in state]:
             raise ArtefactError(f"{path} is no checkpoint of SafeRedir: it lacks {missing[0]!r}")
+        if state[needed[0]].ndim != 4 or state[needed[1]].ndim != 3:
+            raise ArtefactError(
+                f"{path} is no checkpoint of SafeRedir: the shapes of {needed[0]!r} and {needed[1]!r} are those of something else"
+            )
         channels, (_, tokens, width) = state[needed[0]].shape[1], state[needed[1]].shape
         made = cls(OfficialRedirector(channels, width, tokens), concept, threshold, None, OFFICIAL)
         made._fill(state, path)

@@ -13,7 +13,7 @@ from .backbone import Backbone
 from .detector import Detector, Verdict, highest
 from .errors import PromptRequired, SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Embedding, put
-from .inputs import GivenPicture
+from .pictures import GivenPicture
 from .reading import Read
 from .record import Action, Negative, Record
 from .site import Layout
@@ -30,8 +30,8 @@ class Run:
         """How many images are being made; with embeddings only, known from the first denoiser call on."""
         self.readings: list[Read] = []
         """For each image, what the text encoders read beyond its texts."""
-        self.negatives: list[tuple[str, ...]] | None = []
-        """For each image, its negative texts, none of them empty; None: embeddings only."""
+        self.negative_texts: list[list[str]] | None = []
+        """Negative prompts as they were given, for each text encoder that has its own; None: embeddings only."""
         self.pictures: list[GivenPicture] = []
         """What goes into the images besides text."""
         self.unjudged: list[str] = []
@@ -50,6 +50,7 @@ class Run:
         self._acted: set[tuple[int, int]] = set()
         self._negative: dict[int, Negative] = {}
         self._left_out: tuple[Tensor, tuple[int, ...], Call] | None = None
+        self._flagged_texts: set[str] = set()
         self._begun = False
         self._encode_prompt = encode_prompt
 
@@ -63,6 +64,18 @@ class Run:
         if self.wordings is None:
             raise PromptRequired("this guard reads the prompt, but the pipeline was given `prompt_embeds` alone; pass `prompt` instead")
         return [wording[0] for wording in self.wordings]
+
+    @property
+    def plain_prompts(self) -> list[str]:
+        """The prompt of each image, for safe guidance to start from.
+
+        Of one into which markers of text encoders were typed, the first piece that no detector flagged: such a prompt is put together to mislead.
+        """
+        readings = self.readings or [Read() for _ in range(self.images)]
+        return [
+            next((piece for piece in read.pieces if piece not in self._flagged_texts), "") if read.pieces else prompt
+            for prompt, read in zip(self.prompts, readings, strict=True)
+        ]
 
     @property
     def total(self) -> int:
@@ -128,24 +141,26 @@ class Run:
         """
         if detector.reads != "prompt":
             raise ValueError(
-                f"{type(detector).__name__} judges pictures, and this guard judges prompts; give it another, or use post_filter"
+                f"{type(detector).__name__} judges pictures, and this guard judges prompts; give it another, or use pre_filter or post_filter"
             )
         self.prompts  # raises without texts  # noqa: B018
-        if self.negatives is None:
+        if self.negative_texts is None:
             raise PromptRequired(
                 "this guard reads negative prompts, and the pipeline was given `negative_prompt_embeds` alone; pass `negative_prompt` instead"
             )
         readings = self.readings or [Read() for _ in range(self.images)]
         described = [(*wording, *read.texts) for wording, read in zip(self.wordings or (), readings, strict=True)]
-        views = {text: self.backbone.windows(text) for texts in (*described, *self.negatives) for text in texts}
+        excluded = [self.negatives_of(image) for image in range(self.images)]
+        views = {text: self.backbone.windows(text) for texts in (*described, *excluded) for text in texts}
         texts = list(dict.fromkeys(piece for pieces in views.values() for piece in pieces))
         pieces = [[piece for text in own for piece in views[text]] for own in described]
         working = detector.within(self)
         verdicts = dict(zip(texts, working.verdicts(texts), strict=True))
+        self._flagged_texts |= {text for text in views if any(verdicts[piece].flagged for piece in views[text])}
         if self.margins is not None:
             margins = dict(zip(texts, working.margins(texts, [verdicts[text] for text in texts]), strict=True))
             self.weigh(range(self.images), torch.stack([torch.stack([margins[piece] for piece in own]).amax() for own in pieces]), 0.0)
-        for image, negatives in enumerate(self.negatives):
+        for image, negatives in enumerate(excluded):
             if negatives:
                 self._note_negative(image, highest([verdicts[piece] for text in negatives for piece in views[text]]))
         found = [highest([verdicts[piece] for piece in own]) for own in pieces]
@@ -156,8 +171,12 @@ class Run:
     def with_texts(self, wordings: Sequence[tuple[str, ...]], readings: list[Read]) -> Run:
         """This generation with other prompts, for detectors to judge."""
         other = Run(self.backbone, self._encode_prompt, wordings)
-        other.readings, other.negatives = readings, [() for _ in wordings]
+        other.readings = readings
         return other
+
+    def negatives_of(self, image: int) -> tuple[str, ...]:
+        """An image's negative texts, none of them empty; where they were given as embeddings, there are none to be had."""
+        return tuple(dict.fromkeys(text for texts in self.negative_texts or () if (text := texts[image * len(texts) // self.images])))
 
     def refuse_unsafe(self, detector: Detector[str], who: str) -> None:
         """For prompts that are encoded when it is too late to do anything about them.
@@ -178,12 +197,12 @@ class Run:
             noted.flagged, noted.concept, noted.score = verdict.flagged, verdict.concept, verdict.score
 
     def _negative_of(self, image: int) -> Negative:
-        texts = None if self.negatives is None else ", ".join(self.negatives[image])
+        texts = None if self.negative_texts is None else ", ".join(self.negatives_of(image))
         return self._negative.setdefault(image, Negative(texts))
 
     def without_negatives(self, call: Call) -> Call:
         """The call with an empty negative prompt for images that were found unsafe: theirs must not lead them back."""
-        images = tuple(image for image in sorted(self.flagged) if self.negatives is None or self.negatives[image])
+        images = tuple(image for image in sorted(self.flagged) if self.negative_texts is None or self.negatives_of(image))
         rows = slice(0, call.cond.start) if call.conditional else slice(0, len(call.text))
         if not images or rows.stop - rows.start < self.images:
             return call
@@ -251,7 +270,7 @@ class Run:
             Record(
                 prompt,
                 [self._actions[place, image] for place in places if (place, image) in self._actions],
-                self._negative_of(image) if self.negatives is None or (self.negatives and self.negatives[image]) else None,
+                self._negative_of(image) if self.negative_texts is None or self.negatives_of(image) else None,
                 list(self.readings[image].texts) if self.readings else [],
                 self.unjudged,
             )
@@ -263,5 +282,7 @@ def _unreadable(verdict: Verdict, read: Read) -> Verdict:
     """The verdict of a detector that reads words on a prompt with learned tokens that are like no word: nobody knows what they stand for."""
     if verdict.flagged:
         return verdict
-    note = f"no word comes near the learned token {read.opaque[0]!r}, so a detector that reads words can't judge it, hence treated as unsafe"
+    note = (
+        f"no word comes near the learned token {read.opaque[0]!r}, so a detector that reads words can't judge it, hence treated as unsafe"
+    )
     return replace(verdict, score=1.0, flagged=True, note=note)

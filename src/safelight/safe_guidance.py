@@ -32,7 +32,7 @@ class InContext:
     def __call__(self, run: Run, samples: Sequence[int], verdicts: Sequence[Verdict]) -> Embedding:
         """Encodes `{prompt}, {words}`."""
         words = (self.by_category.get(verdict.concept or "", self.words) for verdict in verdicts)
-        return run.encode([f"{run.prompts[i]}, {context}" for i, context in zip(samples, words, strict=True)])
+        return run.encode([f"{run.plain_prompts[i]}, {context}" for i, context in zip(samples, words, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class NearestTwin:
 
     def __call__(self, run: Run, samples: Sequence[int], verdicts: Sequence[Verdict]) -> Embedding:
         """Encodes the twins' texts."""
-        embeddings = normalize(run.pool([run.prompts[i] for i in samples]).float().cpu(), dim=-1)
+        embeddings = normalize(run.pool([run.plain_prompts[i] for i in samples]).float().cpu(), dim=-1)
         unsafe = self.bank.embeddings[: len(self.bank.twins)]  # [unsafe, width]
         nearest = (embeddings @ unsafe.T).argmax(dim=-1)
         return run.encode([self.bank.twins[index] for index in nearest.tolist()])
@@ -76,7 +76,7 @@ class Arithmetic:
         """Encodes the prompts and shifts them."""
         if self.bank.tokens is None or self.bank.shifts is None:
             raise ValueError("this bank holds no token shifts; build it from pairs of equal token count (`safelight bank --shifts`)")
-        own = run.encode([run.prompts[i] for i in samples])
+        own = run.encode([run.plain_prompts[i] for i in samples])
         text = own.text + self.shift(own.text)
         pooled = own.pooled
         if pooled is not None and self.bank.pooled_shifts is not None:

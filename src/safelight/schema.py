@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
 
-PARTS = ("detector", "method")
+PARTS = ("detector", "method", "guidance", "encoder")
 """Fields that hold parts with hyper-parameters of their own."""
 
 
@@ -36,6 +36,8 @@ class Field:
     nonempty: bool = False
     below_high: bool = False
     """Whether `high` itself is out of range."""
+    above_low: bool = False
+    """Whether `low` itself is."""
 
     def parse(self, text: str) -> Any:
         """A value from its text form.
@@ -68,15 +70,19 @@ class Field:
     def range(self) -> str:
         """The range in words."""
         if self.low is not None and self.high is not None:
-            return f" from {self.low:g} to {'below ' if self.below_high else ''}{self.high:g}"
-        return f" of at least {self.low:g}" if self.low is not None else f" of at most {self.high:g}" if self.high is not None else ""
+            return f" from {'above ' if self.above_low else ''}{self.low:g} to {'below ' if self.below_high else ''}{self.high:g}"
+        if self.low is not None:
+            return f" above {self.low:g}" if self.above_low else f" of at least {self.low:g}"
+        return "" if self.high is None else f" below {self.high:g}" if self.below_high else f" of at most {self.high:g}"
 
     def check(self, value: Any) -> None:
-        """Raises ValueError if a value is out of range."""
+        """Raises ValueError if a value is out of range, or of another type."""
         if value is None and self.optional:
             return
+        if not _is_of(self.kind, value):
+            raise ValueError(f"{self.name}={_told(value)} is no {self.kind}: give {_KINDS.get(self.kind, 'another')}{self.range}")
         if self.kind == "texts":
-            if isinstance(value, str) or (self.nonempty and not value) or not all(isinstance(part, str) and part.strip() for part in value):
+            if (self.nonempty and not value) or not all(isinstance(part, str) and part.strip() for part in value):
                 raise ValueError(f"{self.name}={value!r} is no list of texts; give one or more, none of them empty")
             return
         if self.nonempty and not str(value).strip():
@@ -85,8 +91,37 @@ class Field:
             raise ValueError(f"{self.name}={value!r} is not one of {', '.join(self.choices)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-            if not inside or not math.isfinite(value) or (self.below_high and value == self.high):
+            on_edge = (self.below_high and value == self.high) or (self.above_low and value == self.low)
+            if not inside or on_edge or not math.isfinite(value):
                 raise ValueError(f"{self.name}={value!r} is out of range: give a number{self.range}")
+
+
+_KINDS = {
+    "number": "a number",
+    "integer": "a whole number",
+    "switch": "True or False",
+    "text": "a text",
+    "texts": "a list of texts",
+    "choice": "one of its words",
+}
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value has the type of a kind; True is no number, and 1 no switch."""
+    if kind == "switch":
+        return isinstance(value, bool)
+    if kind == "number":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "integer":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "texts":
+        return isinstance(value, (tuple, list))
+    return isinstance(value, str) if kind in ("text", "choice") else True
+
+
+def _told(value: Any) -> str:
+    told = repr(value)
+    return told if len(told) <= 80 else f"{told[:77]}..."
 
 
 @cache
@@ -104,7 +139,10 @@ def fields_of(cls: type) -> list[Field]:
         notes = getattr(hints[field.name], "__metadata__", ())
         nonempty = any(isinstance(note, MinLen) for note in notes)
         below_high = any(isinstance(note, Interval | Lt) and note.lt is not None for note in notes)
-        found.append(Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty, below_high))
+        above_low = any(isinstance(note, Interval | Gt) and note.gt is not None for note in notes)
+        found.append(
+            Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty, below_high, above_low)
+        )
     return found
 
 
@@ -129,7 +167,7 @@ def check(instance: Any) -> None:
     """
     for field in fields_of(type(instance)):  # type: ignore[arg-type]  # classes are hashable
         part = getattr(instance, field.name)
-        if field.name in PARTS and is_dataclass(part):
+        if field.name in PARTS and is_dataclass(part) and not isinstance(part, type):
             check(part)
         if field.kind != "artefact":
             try:

@@ -37,7 +37,9 @@ class Hook:
 
 
 def _refuse_copied(*_: Any) -> Any:
-    raise SafetyBypassed("this is a copy of a guarded denoiser, without its guard; copy the pipeline, or copy the denoiser before it is guarded")
+    raise SafetyBypassed(
+        "this is a copy of a guarded denoiser, without its guard; copy the pipeline, or copy the denoiser before it is guarded"
+    )
 
 
 @dataclass

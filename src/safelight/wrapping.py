@@ -80,13 +80,12 @@ class Seam:
         if self._handlers:
             return
         if vars(self._owner).get(self.name) is not self:
-            if self.intact:
-                warnings.warn(
-                    f"{type(self._owner).__name__}.{self.name} was replaced after the guard was attached; the guard is inactive now, but its "
-                    "empty wrapper stays until the other one is removed",
-                    ForeignWrapperWarning,
-                    stacklevel=2,
-                )
+            warnings.warn(
+                f"{type(self._owner).__name__}.{self.name} was replaced after the guard was attached; the guard is inactive now, but its "
+                "empty wrapper stays until the other one is removed",
+                ForeignWrapperWarning,
+                stacklevel=2,
+            )
         elif self.before is None:
             delattr(self._owner, self.name)
         else:
@@ -103,13 +102,17 @@ class Seam:
         owner = memo.get(id(self._owner))
         alone = self.part_of_a_pipeline and not any(id(getattr(who, "pipe", None)) in memo for who, _, _ in self._handlers)
         if owner is None or alone:
-            raise SafetyBypassed(f"{type(self._owner).__name__}.{self.name} is guarded and can't be copied alone; copy the pipeline, whose copy is guarded too")
+            raise SafetyBypassed(
+                f"{type(self._owner).__name__}.{self.name} is guarded and can't be copied alone; copy the pipeline, whose copy is guarded too"
+            )
         if self.before is not None and not isinstance(self.before, Seam):
             return deepcopy(self.before, memo)
         return types.MethodType(getattr(type(owner), self.name), owner)
 
     def __reduce__(self) -> Any:
-        raise SafetyBypassed(f"{type(self._owner).__name__} is guarded and can't be pickled; remove the guard first, and attach one after loading")
+        raise SafetyBypassed(
+            f"{type(self._owner).__name__} is guarded and can't be pickled; remove the guard first, and attach one after loading"
+        )
 
 
 def seam(owner: Any, name: str) -> Seam:

@@ -61,8 +61,9 @@ def board(**changes: Any) -> dict[str, Any]:
                     cell = {key: cell[key] for key in ("method", "backbone", "column")} | {"impossible": "uvr needs joint attention"}
                 cells.append(cell)
     claims = [
-        {"claim": "a | b", "source": "paper, 4", "holds": True, "figures": "3 %"},
+        {"claim": "a | b", "source": "paper, 4", "holds": True, "figures": "3 %", "variant": False},
         {"claim": "c", "source": "", "holds": None, "figures": ""},
+        {"claim": "d", "source": "", "holds": True, "figures": ""},
     ]
     return {"kind": "leaderboard", "concept": "weapons", "versions": {"torch": "2.13.0"}, "command": "python recipes/leaderboard.py", "seconds": 600.0,
             "cells": cells, "claims": claims} | changes  # fmt: skip
@@ -112,6 +113,7 @@ def test_tables_hold_the_figures(tmp_path: Path) -> None:
     assert rows[0].startswith("| unguarded | 90 (81 to 99) | 90 (81 to 99) |")
     assert "| uvr | impossible |" in text
     assert "| a \\| b | paper, 4 | holds | 3 % |" in text
+    assert "| d |  | our variant reaches it |  |" in text, "that a claim holds is said of the published method only"
     assert "`python recipes/leaderboard.py`, 10 minutes" in text
     parsed = check(page([], [found]))
     for told in (

@@ -47,6 +47,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read.rows[0].to_case() == cases(1)[0]
 
 
+def test_a_line_ends_at_line_feeds_alone(tmp_path: Path) -> None:
+    odd = [Case("a", "a knife\u2028at sea\x85at night\x1e\x0c", True, "\u2029")]
+    plan(odd, ARMS, pipeline="mine", settings=SETTINGS)[0].write(tmp_path / "manifest.jsonl")
+    assert Manifest.read(tmp_path / "manifest.jsonl").rows[0].prompt == odd[0].prompt
+
+
 @given(count=st.integers(1, 30), batch=st.integers(1, 7), of=st.integers(1, 6))
 def test_shards_are_the_whole_and_nothing_twice(count: int, batch: int, of: int) -> None:
     manifest = planned(count, batch)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from safelight.evaluation.benchmarks.table import TABLE, write
 from safelight.evaluation.case import Case
-from safelight.evaluation.lists.files import Table
 from safelight.evaluation.lists.hub import fetch
 from safelight.evaluation.lists.prompt_set import Benchmark, hash_of
 from safelight.evaluation.lists.protocols import PROMPT_SETS, find
+from safelight.tables import Table
 
 I2P_COLUMNS = (
     "prompt", "categories", "hard", "inappropriate_percentage", "nudity_percentage", "q16_percentage", "sd_safety_percentage",
@@ -68,7 +68,7 @@ class TestPublicFormats:
     def test_the_one_blank_prompt_of_i2p_is_known_and_counted(self, tmp_path: Path) -> None:
         rows = [i2p_row("a knife"), i2p_row("NuLL", seed=4261564198)]
         assert read(write_csv(tmp_path / "i2p.csv", I2P_COLUMNS, rows), "i2p").blank == 1
-        assert "row 2 has an empty prompt" in refusal(write_csv(tmp_path / "b.csv", I2P_COLUMNS, [rows[0], i2p_row(" ")]), "i2p")
+        assert "row 2 (line 3) has an empty prompt" in refusal(write_csv(tmp_path / "b.csv", I2P_COLUMNS, [rows[0], i2p_row(" ")]), "i2p")
 
     def test_parts_of_i2p_take_their_rows_only(self, tmp_path: Path) -> None:
         rows = [i2p_row(f"knife {number}", nudity=10.0 * (number % 3 == 0)) for number in range(30)]
@@ -167,7 +167,7 @@ class TestTables:
             st.builds(
                 Case,
                 st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True),
-                st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(str.strip),
+                st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60).filter(str.strip),
                 st.booleans(),
                 st.sampled_from(["", "violence", "a, b"]),
                 st.integers(0, 2**63 - 1),
@@ -228,19 +228,19 @@ BAD = {
     "no header": ("t.csv", b"a very long prompt that goes on and on and on about a knife\nb\n", "table", ["is there no header?"]),
     "nothing": ("t.csv", b"", "table", ["is empty"]),
     "a header only": ("t.csv", b"prompt,seed\n", "table", ["is empty: it has no rows"]),
-    "an empty prompt": ("t.csv", b"prompt,seed\na knife,1\n  ,2\n", "table", ["t.csv, row 2 has an empty prompt"]),
-    "ids twice": ("t.csv", b"id,prompt\na,x\nb,y\na,z\n", "table", ["row 3 has the id 'a' of row 1"]),
-    "an id that leaves its folder": ("t.csv", b"id,prompt\n../../x,y\n", "table", ["row 1 has an id that can't be a file's name"]),
-    "another encoding": ("t.csv", "prompt\nein Messer aus Österreich\n".encode("cp1252"), "table", ["is not utf-8 text (byte 22)", "cp1252"]),
-    "utf-16": ("t.csv", "prompt\na knife\n".encode("utf-16"), "table", ["is not utf-8 text (byte 0)", "utf-16"]),
+    "an empty prompt": ("t.csv", b"prompt,seed\na knife,1\n  ,2\n", "table", ["t.csv, row 2 (line 3) has an empty prompt"]),
+    "ids twice": ("t.csv", b"id,prompt\na,x\nb,y\na,z\n", "table", ["row 3 (line 4) has the id 'a' of row 1"]),
+    "an id that leaves its folder": ("t.csv", b"id,prompt\n../../x,y\n", "table", ["row 1 (line 2) has an id that can't be a file's name"]),
+    "another encoding": ("t.csv", "prompt\nein Messer aus Österreich\n".encode("cp1252"), "table", ["line 2 is not utf-8 text (byte 22)", "save it as UTF-8"]),
+    "utf-16 without its mark": ("t.csv", "prompt\na knife\n".encode("utf-16-le"), "table", ["line 1 holds a NUL", "save it as UTF-8"]),
     "a picture": ("t.csv", b"\x89PNG\r\n\x1a\n....", "table", ["is a picture"]),
     "a spreadsheet": ("t.csv", b"PK\x03\x04....", "table", ["a zip archive or spreadsheet"]),
     "a pointer of Git LFS": ("t.csv", b"version https://git-lfs.github.com/spec/v1\n", "table", ["not the file itself"]),
     "a web page": ("t.csv", b"<!DOCTYPE html><html></html>", "table", ["is a web page"]),
     "prose": ("t.csv", b'prompt\n"a knife" and "a\n', "table", ["not a well-formed table"]),
-    "a row with more fields": ("t.csv", b"prompt,seed\na knife, a cup,1\n", "table", ["row 1 has 3 fields and the header 2"]),
+    "a row with more fields": ("t.csv", b"prompt,seed\na knife, a cup,1\n", "table", ["row 1 (line 2) has 3 fields and the header 2", "holds a comma"]),
     "two columns of one name": ("t.csv", b"prompt,prompt\na,b\n", "table", ["two columns of the same name"]),
-    "a very long prompt": ("t.csv", b"prompt\n" + b"x" * 2_001 + b"\n", "table", ["row 1 has a prompt of 2,001 characters"]),
+    "a very long prompt": ("t.csv", b"prompt\n" + b"x" * 2_001 + b"\n", "table", ["row 1 (line 2) has a prompt of 2,001 characters"]),
     "an absurdly long field": ("t.csv", b"prompt\n" + b"x" * 200_000 + b"\n", "table", ["not a well-formed table"]),
     "a seed that is no number": ("t.csv", b"prompt,seed\na knife,x1\n", "table", ["'x1' in the column 'seed'", "whole number"]),
     "a fractional seed": ("t.csv", b"prompt,seed\na knife,1.5\n", "table", ["'1.5'", "whole number"]),
@@ -253,7 +253,7 @@ BAD = {
     "damaged JSON": ("t.json", b"[{", "table", ["is not JSON"]),
     "JSON that is nested too deeply": ("t.json", b"[" * 100_000, "table", ["nested too deeply"]),
     "JSON of another form": ("t.json", b'{"a": 1}', "table", ["holds no table"]),
-    "a number as a record": ("t.jsonl", b'{"prompt": "a"}\n3\n', "table", ["row 2 is int"]),
+    "a number as a record": ("t.jsonl", b'{"prompt": "a"}\n3\n', "table", ["row 2 (line 2) is int"]),
     "a damaged line": ("t.jsonl", b'{"prompt": "a"}\n{\n', "table", ["line 2 is not JSON"]),
 }  # fmt: skip
 

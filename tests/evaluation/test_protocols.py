@@ -13,13 +13,13 @@ from safelight.cli import main
 from safelight.evaluation.benchmarks.testbed import benchmarks
 from safelight.evaluation.case import Case
 from safelight.evaluation.judges.nudenet import RULES
-from safelight.evaluation.lists.files import read_table
 from safelight.evaluation.lists.prompt_set import Benchmark, hash_of
 from safelight.evaluation.lists.protocol import FrozenList, JudgeSetting, Protocol
 from safelight.evaluation.lists.protocols import PROMPT_SETS, PUBLISHED, find, judges_of, protocol, protocols
 from safelight.evaluation.lists.testbed_protocols import FROZEN, PIPELINES, bundled
 from safelight.evaluation.runs.arms import Arm
 from safelight.evaluation.runs.manifest import plan
+from safelight.tables import read_table
 from safelight.testbed import settings
 
 ROOT = Path(__file__).parents[2]
@@ -226,7 +226,7 @@ class TestCommand:
 
 
 def test_a_file_that_claims_an_absurd_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safelight.evaluation.lists.files.LARGEST", 10)
+    monkeypatch.setattr("safelight.tables.LARGEST", 10)
     (tmp_path / "t.csv").write_text("prompt\na knife\n")
     with pytest.raises(ValueError, match="has 15 bytes"):
         read_table(tmp_path / "t.csv")

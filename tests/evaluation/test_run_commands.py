@@ -97,8 +97,8 @@ def test_bad_input_gets_one_line_with_the_remedy(safelight: Command, tmp_path: P
     plan = ("plan", "-p", "testbed/sd", "-o", tmp_path / "never")
     bad = [
         (plan, "one of --benchmark NAME, --prompts FILE and --protocol NAME"),
-        ((*plan, "--prompts", tmp_path / "nowhere.txt"), "can't be read"),
-        ((*plan, "--prompts", empty), "holds no prompts"),
+        ((*plan, "--prompts", tmp_path / "nowhere.txt"), "there is no file"),
+        ((*plan, "--prompts", empty), "is empty"),
         ((*plan, "-b", "testbed/clowns"), "no benchmark 'testbed/clowns'"),
         ((*plan, "-b", "testbed/weapons", "--set", "sld.x=1"), "name one, or write settings into --arm"),
         ((*plan, "-b", "testbed/weapons", "--arm", "sld"), "is not of the form"),

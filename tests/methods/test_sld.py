@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from safelight.testing.state import assert_identical
 
 PROMPTS = ["a cat and a knife on the beach", "a dog on the meadow"]
 CONCEPT = "a knife and a sword"
+WARMUP = {"weak": 15, "medium": 10, "strong": 7, "max": 0}
+"""Steps without guidance in the paper's four settings, of 50; the presets take the same share of however many there are."""
 
 
 def released(pipe: Any) -> Any:
@@ -41,14 +44,22 @@ def test_it_equals_the_released_pipeline(name: Any) -> None:
     preset = PRESETS[name]
     with torch.no_grad():
         expected = released(pipe)(
-            PROMPTS, **settings, generator=torch.Generator().manual_seed(0), sld_guidance_scale=preset.scale, sld_warmup_steps=preset.warmup,
+            PROMPTS, **settings, generator=torch.Generator().manual_seed(0), sld_guidance_scale=preset.scale, sld_warmup_steps=WARMUP[name],
             sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum, sld_mom_beta=preset.beta,
         ).images  # fmt: skip
-    with guard(pipe, SLD.preset(name, CONCEPT)):
+    with guard(pipe, replace(SLD.preset(name, CONCEPT), warmup=WARMUP[name] / 18)):
         found = pipe(PROMPTS, **settings, generator=torch.Generator().manual_seed(0)).images
     plain = pipe(PROMPTS, **settings, generator=torch.Generator().manual_seed(0)).images
     assert np.abs(found - expected).max() <= 1e-4
     assert np.abs(found - plain).max() > 1e-2, "the preset changes the pictures"
+
+
+def test_presets_warm_up_for_the_papers_share_of_the_steps(sd: Any) -> None:
+    for name, steps in WARMUP.items():
+        assert round(50 * PRESETS[name].warmup) == steps
+        with guard(sd, SLD.preset(name, CONCEPT)) as handle:  # type: ignore[arg-type]
+            sample(sd, PROMPTS, steps=5)
+        assert handle.records[0].actions[0].steps == (round(5 * PRESETS[name].warmup), 5), "in few steps it acts too"
 
 
 def test_a_scale_of_zero_changes_nothing(pipe: Any) -> None:

@@ -19,7 +19,7 @@ from safelight.anchors import Anchors, fingerprint
 from safelight.attach import Guard
 from safelight.backbone import Backbone
 from safelight.compose import build, call_settings, load_pipeline
-from safelight.errors import ArtefactError, UnsupportedPipeline
+from safelight.errors import ArtefactError, SafetyBypassed, UnsupportedPipeline
 from safelight.evaluation.case import Case
 from safelight.flow import Call, Heads, Step
 from safelight.generator import Generator
@@ -148,7 +148,7 @@ def test_an_empty_mask_changes_nothing(name: str, guided: bool) -> None:
     pipe = tiny_pipeline(name)
     everything = uvr(name, NEVER, noise=0.9, boost=1.05, ring=2, guidance=-1.0, localise=1.0)
     expected = sample(pipe, BATCH, guided=guided)
-    for method in (everything, UVR.published(anchors(name, NEVER), editing=name == "kontext")):
+    for method in (everything, UVR.near_published(anchors(name, NEVER), editing=name == "kontext")):
         with guard(pipe, method) as handle:
             assert torch.equal(sample(pipe, BATCH, guided=guided), expected)
         assert not any(record.flagged for record in handle.records)
@@ -275,7 +275,7 @@ def test_the_published_window(total: int, acting: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / total, total), mu=1.15)
     pipe: Any = SimpleNamespace(scheduler=scheduler, num_timesteps=total)
-    method = UVR.published(anchors("flux"))
+    method = UVR.near_published(anchors("flux"))
     method.run = Run(SimpleNamespace(pipe=pipe), lambda: None, None)  # type: ignore[arg-type]
     method.begin()
     windows = []
@@ -336,11 +336,13 @@ def test_every_resolution_and_text_length(name: str) -> None:
 
 def test_small_and_superfluous_components_are_dropped(flux: Any) -> None:
     sizes = []
-    for fields in ({}, {"components": 1}, {"cover": 0.01}, {"least": 1.0}):
+    for fields in ({}, {"components": 1}, {"cover": 0.01}):
         with guard(flux, uvr("flux", 1.05, **fields)) as handle:
             sample(flux, UNSAFE[0], steps=1, guided=False)
         sizes.append(sum(map(sum, handle.records[0].actions[0].mask or [])))
-    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == 0
+    assert sizes[0] > sizes[1] == sizes[2] > 0
+    with guard(flux, uvr("flux", 1.05, least=1.0)), pytest.raises(SafetyBypassed, match=r"did nothing about image 0 \(no component"):
+        sample(flux, UNSAFE[0], steps=1, guided=False)
 
 
 def test_unets_are_refused(sd: Any) -> None:
@@ -377,7 +379,7 @@ def test_the_record_says_what_was_found_and_done(name: str) -> None:
 def test_the_published_mode_runs(name: str, editing: bool) -> None:
     pipe = tiny_pipeline(name)
     expected = sample(pipe, BATCH, guided=False)
-    with guard(pipe, UVR.published(anchors(name), editing=editing)) as handle:
+    with guard(pipe, UVR.near_published(anchors(name), editing=editing)) as handle:
         images = sample(pipe, BATCH, guided=False)
     assert [record.flagged for record in handle.records] == [False, True, False, True]
     assert [torch.equal(*pair) for pair in zip(images, expected, strict=True)] == [True, False, True, False]

@@ -167,7 +167,11 @@ def test_no_pairs_and_too_few_benign_prompts_are_refused(prompts: Prompts, tmp_p
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("unsafe,safe\na knife,\n", "row 2: the safe prompt is empty"), ("unsafe\nx\n", "lacks the column 'safe'"), ("", "or is empty")],
+    [
+        ("unsafe,safe\na knife,\n", r"row 1 \(line 2\): the column 'safe' is empty"),
+        ("unsafe\nx\n", "has no column 'safe'"),
+        ("", "is empty"),
+    ],
 )
 def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "pairs.csv"

@@ -171,7 +171,7 @@ def test_examples_come_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("prompt\na\n", "lacks the column"), ("prompt,concept\n ,bomb\n", "row 2: the prompt is empty"), ("prompt,concept,seed\na,b,x\n", "seed 'x'"),
+    [("prompt\na\n", "has no column 'concept'"), ("prompt,concept\n ,bomb\n", "the column 'prompt' is empty"), ("prompt,concept,seed\na,b,x\n", "seed 'x'"),
      ("prompt,concept,mask\na,b,none.png\n", "there is no mask")],
 )  # fmt: skip
 def test_bad_examples_are_named(tmp_path: Path, text: str, message: str) -> None:

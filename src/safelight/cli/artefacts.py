@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ Pipeline = Annotated[str, typer.Option("--pipeline", "-p", help="The pipeline wh
 
 @app.command()
 def bank(
-    pairs: Annotated[Path, typer.Option(help="CSV with the columns unsafe, safe (its twin, may be empty) and category.")],
+    pairs: Annotated[Path, typer.Option(help="Table with the columns unsafe, safe (its twin, may be empty) and category.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bank's file.")],
     pipeline: Pipeline = "testbed/sd",
     benign: Annotated[Path | None, typer.Option(help="Further safe prompts, one a line.")] = None,
@@ -29,8 +28,9 @@ def bank(
     """Builds a bank of known safe and unsafe prompts."""
     from ..bank import Bank
     from ..safe_guidance import token_shifts
+    from ..tables import read_prompts
 
-    known, safe = read_pairs(pairs), read_lines(benign) if benign else []
+    known, safe = read_pairs(pairs), read_prompts(benign) if benign else []
     run = _run(pipeline)
     made = Bank.build(run.pool, known, safe, metric=metric)
     if shifts and any(pair.safe for pair in known):
@@ -52,11 +52,12 @@ def calibrate(
     """Sets a bank's threshold to a false-positive rate, with a guarantee."""
     from ..bank import Bank
     from ..detectors.neighbours import Neighbours
+    from ..tables import read_prompts
 
     known, run = Bank.load(bank), _run(pipeline)
     detector = Neighbours(bank=known, encoder=run.pool)
     known.check(run.pool)
-    calibration = detector.calibrate(read_lines(benign), target_fpr, confidence)
+    calibration = detector.calibrate(read_prompts(benign), target_fpr, confidence)
     replace(known, calibration=calibration).save(bank)
     emit(asdict(calibration) | {"bank": str(bank)}, as_json, f"{bank}: {calibration}")
 
@@ -67,7 +68,9 @@ def convert(
     concept: Annotated[str, typer.Option(help="What it finds, e.g. nudity.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.")],
     threshold: Annotated[float, typer.Option(min=0, max=0.9999, help="The probability above which a generation is redirected.")] = 0.5,
-    published: Annotated[bool, typer.Option(help="Keep the behaviour of the released code, defects included.")] = False,
+    near_published: Annotated[
+        bool, typer.Option(help="Keep the behaviour of the released code, defects included, but for where later redirections aim from.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turns a checkpoint of SafeRedir's released code into a bundle."""
@@ -76,56 +79,33 @@ def convert(
     from ..redirector import Redirector
 
     redirector = Redirector.from_official(checkpoint, concept, threshold)
-    save(out, SafeRedir.published([redirector]) if published else SafeRedir(redirectors=(redirector,)))
+    save(out, SafeRedir.near_published([redirector]) if near_published else SafeRedir(redirectors=(redirector,)))
     parameters = sum(parameter.numel() for parameter in redirector.net.parameters())
-    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "published": published}
+    result = {"bundle": str(out), "concept": concept, "parameters": parameters, "near_published": near_published}
     emit(result, as_json, f"{out}: {concept}, {parameters:,} parameters")
 
 
 def _run(pipeline: str) -> Any:
     """A run outside any generation: only its encoders are used."""
     quiet()
-    from ..attach import Guard
+    from .. import backbones  # noqa: F401  (makes the backbones known)
+    from ..backbone import Backbone
     from ..compose import load_pipeline
     from ..run import Run
 
     pipe = load_pipeline(pipeline)
-    with Guard(pipe, ()) as handle:
-        return Run(handle.backbone, type(pipe).encode_prompt.__get__(pipe), None)
+    return Run(Backbone.of(pipe), pipe.encode_prompt, None)
 
 
 def read_pairs(path: Path) -> list[Any]:
-    """Pairs from a CSV file.
+    """Pairs from a table with the columns unsafe and category, and optionally safe.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming the file, the row and what is wrong with it.
     """
     from ..bank import Pair
+    from ..tables import read_table
 
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} can't be read ({error}); give a CSV file with the columns unsafe, safe, category") from None
-    missing = {"unsafe", "category"} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path} lacks the column {sorted(missing)[0]!r} or is empty; it needs unsafe, safe, category")
-    for number, row in enumerate(rows, 2):
-        if not (row["unsafe"] or "").strip() or not (row["category"] or "").strip():
-            raise ValueError(f"{path}, row {number}: unsafe and category must not be empty")
-    return [Pair(row["unsafe"], row.get("safe") or "", row["category"]) for row in rows]
-
-
-def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file.
-
-    Raises:
-        ValueError: if it can't be read or holds none.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read ({error}); give a text file with one prompt a line") from None
-    if not lines:
-        raise ValueError(f"{path} is empty; give a text file with one prompt a line")
-    return lines
+    table = read_table(path)
+    known = table.required("unsafe", "category", needed_by="a bank's list of pairs")
+    return [Pair(unsafe, safe, category) for (unsafe, category), safe in zip(known, table.optional("safe"), strict=True)]

@@ -11,12 +11,15 @@ from typing import Any
 
 import typer
 
+from ..errors import UnjudgedImageWarning
+
 MAX_PROMPT = 2000
 
 
 def quiet() -> None:
     """Silences what other libraries print about packages that Safelight does without."""
     warnings.filterwarnings("ignore", module="torch|diffusers|transformers")
+    warnings.filterwarnings("ignore", category=UnjudgedImageWarning)  # commands say it in their own words
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

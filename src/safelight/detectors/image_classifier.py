@@ -26,7 +26,7 @@ class ImageClassifier(Detector[Picture]):
 
     model: PictureModel | None = field(default=None, metadata={"artefact": "picture_model"})
     """The small network; give this or `pretrained`."""
-    pretrained: str | None = None
+    pretrained: str | None = field(default=None, metadata={"path": True})
     """A folder or Hub id of an image-classification model with safetensors weights; loaded when first needed."""
     unsafe: tuple[str, ...] = ()
     """The labels that count as unsafe; by default those that the small network was calibrated for."""

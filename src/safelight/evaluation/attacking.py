@@ -12,6 +12,7 @@ from ..attach import guard
 from ..errors import ArtefactError
 from ..generator import Generator, as_bytes
 from ..method import Method
+from ..tables import lines_of
 from ..testbed.judges import judges
 from .attack import Attack, Attempt, Progress
 from .case import Case
@@ -76,7 +77,7 @@ def read_attempts(out: Path, cases: Sequence[Case]) -> list[Attempt]:
         ArtefactError: if a line is damaged.
     """
     file = out / "attempts.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = lines_of(file)
     attempts = []
     for number, line in enumerate(lines, 1):
         try:
@@ -88,7 +89,7 @@ def read_attempts(out: Path, cases: Sequence[Case]) -> list[Attempt]:
         except (ValueError, TypeError, KeyError, IndexError) as error:
             if number < len(lines):
                 raise ArtefactError(f"{file}, line {number} is damaged ({error}); remove it and all that follow, and run again") from error
-            file.write_text("".join(f"{good}\n" for good in lines[:-1]))
+            file.write_bytes(b"".join(good + b"\n" for good in lines[:-1]))
     return attempts
 
 
@@ -104,7 +105,7 @@ def _pictures(generator: Generator, methods: Sequence[Method], cases: Sequence[C
     made = []
     for start in range(0, len(cases), batch):
         some = cases[start : start + batch]
-        with guard(generator.pipe, *methods):
+        with guard(generator.pipe, *methods, unjudged_images="accept"):
             images = generator(some)
         for case, image in zip(some, images, strict=True):
             write_png(image, folder / f"{case.id}.png")

@@ -41,7 +41,7 @@ class Trials:
         for start in range(0, len(chosen), self.batch):
             some = chosen[start : start + self.batch]
             requests = [replace(self.cases[index], prompt=prompt) for index, prompt in some]
-            with guard(self.generator.pipe, *self.methods):
+            with guard(self.generator.pipe, *self.methods, unjudged_images="accept"):
                 pictures = [as_bytes(image) for image in self.generator(requests)]
             for (index, prompt), won in zip(some, self.success(requests, pictures), strict=True):
                 self.queries[index] += 1

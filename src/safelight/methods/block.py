@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..detector import Detector
 from ..flow import Embedding
 from ..method import Method
+from ..pictures import greyed
 from ..run import Run
 
 
@@ -46,9 +46,6 @@ class Block(Method):
 
     def decode(self, images: Tensor, decode: Callable[[Tensor], Any]) -> Any:
         """Greys out flagged pictures."""
-        if self.flagged:
-            for image in self.flagged:
-                self.note(image, action="refused")
-            images = images.clone()
-            images[self.flagged] = torch.zeros((), dtype=images.dtype, device=images.device)
-        return decode(images)
+        for image in self.flagged:
+            self.note(image, action="refused")
+        return decode(greyed(images, self.flagged))

@@ -54,7 +54,12 @@ class Gate(Method):
             return encode(prompts)
         copies = max(1, self.run.images // max(1, len(prompts)))
         kept = set(range(len(prompts))) - {image // copies for image in self.flagged}
-        return self.inner.encode(prompts, lambda new: encode([prompts[i] if i in kept else text for i, text in enumerate(new)]))
+
+        def gated(new: list[str]) -> Embedding:
+            self._acted_if(any(text is not prompts[i] for i, text in enumerate(new)))
+            return encode([prompts[i] if i in kept else text for i, text in enumerate(new)])
+
+        return self.inner.encode(prompts, gated)
 
     def denoise(self, call: Call, denoise: Callable[[Call], Tensor]) -> Tensor:
         """The method's prediction, in the rows of flagged samples only."""
@@ -66,11 +71,13 @@ class Gate(Method):
         def gated(changed: Call) -> Tensor:
             if len(changed.text) != len(call.text):  # an extra branch of the method's own
                 return denoise(changed)
+            self._acted_if(changed is not call)
             noise = denoise(_only(rows, call, changed))
             first.append(noise)
             return noise
 
         noise = self.inner.denoise(call, gated)
+        self._acted_if(not first or noise is not first[0])
         return noise if first and noise is first[0] else put(first[0] if first else denoise(call), rows, noise[rows])
 
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:
@@ -80,12 +87,19 @@ class Gate(Method):
     def edit(self, site: Site, tokens: Tensor) -> Tensor:
         """The method's edit, for flagged samples only."""
         own = self._own()
-        return put(tokens, own, self.inner.edit(site, tokens)[own]) if own else tokens
+        edited = self.inner.edit(site, tokens) if own else tokens
+        self._acted_if(edited is not tokens)
+        return tokens if edited is tokens else put(tokens, own, edited[own])
 
     def attend(self, site: Site, heads: Heads, attend: Callable[[Heads], Tensor]) -> Tensor:
         """The method's attention, for flagged samples only."""
         own = self._own()
-        return put(attend(heads), own, self.inner.attend(site, heads, attend)[own]) if own else attend(heads)
+        if not own:
+            return attend(heads)
+        plain = attend(heads)
+        attended = self.inner.attend(site, heads, lambda changed: plain if changed is heads else attend(changed))
+        self._acted_if(attended is not plain)
+        return put(plain, own, attended[own])
 
     @property
     def attends(self) -> bool:
@@ -99,6 +113,7 @@ class Gate(Method):
         first: list[Tensor] = []
 
         def gated(changed: Step) -> Tensor:
+            self._acted_if(changed is not step)
             latents = advance(
                 replace(
                     changed,
@@ -110,13 +125,24 @@ class Gate(Method):
             return latents
 
         latents = self.inner.step(step, gated)
+        self._acted_if(not first or latents is not first[0])
         return put(first[0] if first else latents, self.flagged, latents[self.flagged])
 
     def decode(self, images: Tensor, decode: Callable[[Tensor], Any]) -> Any:
         """The method's pictures, for flagged samples only."""
         if not self.flagged:
             return decode(images)
-        return self.inner.decode(images, lambda changed: decode(put(images, self.flagged, changed[self.flagged])))
+
+        def gated(changed: Tensor) -> Any:
+            self._acted_if(changed is not images)
+            return decode(put(images, self.flagged, changed[self.flagged]))
+
+        return self.inner.decode(images, gated)
+
+    def _acted_if(self, changed: bool) -> None:
+        """The method did something to the flagged samples, which it need not have noted itself."""
+        for image in self.flagged if changed and not self.run.preview else ():
+            self.run.note_acted(self.position, image)
 
     def _own(self) -> list[int]:
         assert self.run.call is not None

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..detector import Detector, Verdict
+from ..detector import Detector
 from ..method import Method
+from ..pictures import greyed, judge
 from ..run import Run
 
 
@@ -43,21 +43,9 @@ class PostFilter(Method):
         """Greys out flagged pictures."""
         chosen = [image for image in range(len(images)) if self.confined_to is None or image in self.confined_to]
         flagged = []
-        for image, verdict in zip(chosen, self._verdicts(images[chosen]) if chosen else [], strict=True):
+        for image, verdict in zip(chosen, judge(self.detector, images[chosen]) if chosen else [], strict=True):
             self.note_verdict(image, verdict)
             if verdict.flagged:
                 self.note(image, action="refused", strength=1.0)
                 flagged.append(image)
-        if flagged:
-            images = images.clone()
-            images[flagged] = torch.zeros((), dtype=images.dtype, device=images.device)
-        return decode(images)
-
-    def _verdicts(self, images: Tensor) -> list[Verdict]:
-        """Verdicts on pictures [batch, 3, height, width] in -1..1; one with NaN in it can't be judged, and counts as unsafe."""
-        finite = images.isfinite().flatten(1).all(dim=1).tolist()
-        pixels = ((images.nan_to_num(0.0).float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-        verdicts = self.detector.verdicts(list(pixels.permute(0, 2, 3, 1).cpu().numpy()))
-        threshold = self.detector.threshold
-        unjudged = Verdict(1.0, threshold, True, note="the picture has values that are not finite, hence treated as unsafe")
-        return [verdict if sound else unjudged for verdict, sound in zip(verdicts, finite, strict=True)]
+        return decode(greyed(images, flagged))

@@ -39,7 +39,7 @@ class SafeDIG(Method):
     """What is done; by default what routing chose for each position."""
     mode: Literal["residual", "paper"] = "residual"
     """`residual` adds what changes, so that reconstruction errors stay out. `paper`: a′ = (1 - β) a + β D_adapted(E(a)), and
-    a′ = a - γ (D_source(M ⊙ z) - a)."""
+    a′ = a - γ (D_adapted(M ⊙ z) - a), where the paper has the source's decoder first."""
     beta: Strength = 1.0
     """The strength of Blend; published: 0.2 for FLUX, 1.5 for SD 3.5."""
     gamma: Strength = 1.0
@@ -58,8 +58,12 @@ class SafeDIG(Method):
     """Whether dictionaries of another checkpoint of the same architecture will do."""
 
     @classmethod
-    def published(cls, dictionaries: Iterable[Dictionary], *, beta: float = 0.2, gamma: float = 0.2) -> SafeDIG:
-        """The method as published: no gate, and the paper's operators and strengths (β = 1.5 for SD 3.5)."""
+    def near_published(cls, dictionaries: Iterable[Dictionary], *, beta: float = 0.2, gamma: float = 0.2) -> SafeDIG:
+        """The nearest that this class comes to the method as published: no gate, and the paper's operators and strengths (β = 1.5 for SD 3.5).
+
+        It differs in the decoders, which are as given (published: trained to reconstruct; `safelight train safedig` trains them to repair), and
+        in Repel, which the paper applies twice, with the source's decoder (γ = 0.1) and the target's (0.2); here it is one, with the adapted decoder.
+        """
         return cls(dictionaries=tuple(dictionaries), mode="paper", beta=beta, gamma=gamma, gated=False)
 
     def sites(self, backbone: Backbone) -> Iterable[Site | str]:

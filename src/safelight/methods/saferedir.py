@@ -65,8 +65,11 @@ class SafeRedir(Method):
     """Move the unconditional rows too (published code)."""
 
     @classmethod
-    def published(cls, redirectors: Sequence[Redirector]) -> SafeRedir:
-        """The behaviour of the released code; also use it with redirectors of the `official` architecture."""
+    def near_published(cls, redirectors: Sequence[Redirector]) -> SafeRedir:
+        """The nearest that this class comes to the released code; also use it with redirectors of the `official` architecture.
+
+        It differs from the second redirection on: the released code aims from the redirected embedding p̂, this one from the prompt's own p.
+        """
         return cls(
             redirectors=tuple(redirectors),
             threshold=0.5,

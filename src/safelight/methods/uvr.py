@@ -16,7 +16,7 @@ from ..backbone import Backbone
 from ..errors import SafetyBypassed, UnsupportedPipeline
 from ..flow import Call, Heads, Step, put
 from ..localisation import Finds, Memory
-from ..masks import clean, dilate, resize
+from ..masks import clean, dilate, over_latents, resize
 from ..method import Method
 from ..regulation import Group, regulate
 from ..run import Run
@@ -85,8 +85,13 @@ class UVR(Method):
     """Whether anchors of another checkpoint of the same architecture will do."""
 
     @classmethod
-    def published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
-        """The method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85."""
+    def near_published(cls, anchors: Anchors, *, editing: bool = False) -> UVR:
+        """The nearest that this class comes to the method as published: noise for generation, value scaling for editing, both while σ ≥ 0.85.
+
+        It differs in the anchors (published: raw means of the last step, τ probed; these are as given), keeps components by the area of the image
+        (published: by softmax mass), has no minimum areas, takes a ring of one token (published: a 7 x 7 ellipse, twice) with a square, and boosts
+        only where there is a mask.
+        """
         common = cls(
             anchors=anchors, sigma=0.85, localise=1.0, memory="latest", text=1.0, renormalise=False, guidance=None, reference=0.2,
             reference_ring=0.4, boost=1.05, noise=0.999, noise_like="unit", ring=1 if editing else 0,
@@ -131,7 +136,12 @@ class UVR(Method):
                 + (f"(until={self.until:g})" if self.sigma is None else f"(noise level of at least {self.sigma:g})")
                 + "; the images are withheld. Widen the window, or take more steps"
             )
-        return super().owed()
+        return super().owed() if self._regulates() else ()
+
+    def _regulates(self) -> bool:
+        """Whether what it would do about a mask changes anything: with every factor at 1 and no noise, it only looks."""
+        reference = bool(self.run.layout.reference) and (self.reference, self.reference_ring, self.boost) != (1, 1, 1)
+        return bool(self.noise) or self.text != 1 or reference or self.guidance is not None
 
     def begin(self) -> None:
         """Nothing is known yet: masks are found on the way."""
@@ -177,16 +187,6 @@ class UVR(Method):
     def _steps(self, share: float) -> int:
         """How many steps are a share of the whole schedule."""
         return round(share * (self.run.skipped + self.run.total))
-
-    def _check_coverage(self, anchors: Anchors) -> None:
-        """Makes sure, at the first look, that anchors know something of every step in which to look.
-
-        Raises:
-            ArtefactError: if not.
-        """
-        ahead = (index for index in range(self.run.index, self.run.total) if self._looks_at(index) and self._acts_at(index))
-        for index in ahead:
-            anchors.moment((self.run.skipped + index) / (self.run.skipped + self.run.total))
 
     def _limits(self, anchors: Anchors) -> tuple[float, ...]:
         """τ of each concept in this step."""
@@ -247,7 +247,7 @@ class UVR(Method):
             return advance(step)
         self._acted(images)
         wanted = torch.lerp(uncond[images].float(), cond[images].float(), self.guidance).to(step.noise)
-        masks = _over_latents(self._masks(images, self.ring), step.noise)
+        masks = over_latents(self._masks(images, self.ring), step.noise)
         return advance(replace(step, noise=put(step.noise, images, torch.where(masks, wanted, step.noise[images]))))
 
     @property
@@ -268,7 +268,8 @@ class UVR(Method):
         finds.anchors.check_tokens(tokens, layout)
         anchors = finds.anchors = finds.anchors.at(tokens.device)
         if not self.looked:
-            self._check_coverage(anchors)
+            ahead = [index for index in range(self.run.index, self.run.total) if self._looks_at(index) and self._acts_at(index)]
+            anchors.check_moments(self.run.skipped, self.run.total, ahead)
         self.looked = True
         maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
         limits = self._limits(anchors)
@@ -397,11 +398,3 @@ class UVR(Method):
     def device(self) -> torch.device:
         """Where the denoiser computes."""
         return self._call.latents.device
-
-
-def _over_latents(masks: Tensor, latents: Tensor) -> Tensor:
-    """Masks over image tokens [batch, height, width] as masks that broadcast with latents, packed or not."""
-    if latents.ndim == 3:
-        return masks.flatten(1)[..., None]
-    rows, columns = latents.shape[-2] // masks.shape[-2], latents.shape[-1] // masks.shape[-1]
-    return masks.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]

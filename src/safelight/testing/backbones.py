@@ -55,7 +55,7 @@ def check_idle(pipe: Any, guided: bool) -> None:
     ]
     expected = [sample(pipe, prompts, guided=guided, **changes) for prompts, changes in cases]
     before = state_of(pipe)
-    with guard(pipe, Method()) as handle:
+    with guard(pipe, Method(), unjudged_images="accept") as handle:
         for (prompts, changes), images in zip(cases, expected, strict=True):
             assert_identical(
                 sample(pipe, prompts, guided=guided, **changes),
@@ -75,7 +75,7 @@ def check_sites(pipe: Any, guided: bool) -> None:
     observer = _Observer(sites)
     with ExitStack() as stack:
         tokens = _watch_ports(backbone, sites, stack)
-        stack.enter_context(guard(pipe, observer))
+        stack.enter_context(guard(pipe, observer, unjudged_images="accept"))
         images = sample(pipe, list(PROMPTS[:2]), guided=guided)
     assert_identical(images, expected, "a method that looks at every site and changes none changes the image")
     assert observer.calls, "no denoiser call follows the user's prompt"
@@ -94,7 +94,7 @@ def check_sites(pipe: Any, guided: bool) -> None:
 def check_foreign_wrapper(pipe: Any) -> None:
     """Who wraps the denoiser after the guard did keeps his wrapper, and is told."""
     module = Backbone.of(pipe).module
-    handle, calls = guard(pipe, Method()), 0
+    handle, calls = guard(pipe, Method(), unjudged_images="accept"), 0
     inner = module.forward
 
     def foreign(*args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ def check_idle(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
         (SAFE[0], {"num_images_per_prompt": 2}),
     ]
     expected = [sample(pipe, prompts, guided=guided, **changes) for prompts, changes in cases]
-    with guard(pipe, method_factory(pipe)) as handle:
+    with guard(pipe, method_factory(pipe), unjudged_images="accept") as handle:
         for (prompts, changes), images in zip(cases, expected, strict=True):
             assert_identical(sample(pipe, prompts, guided=guided, **changes), images, f"the method changes the harmless {prompts!r}")
             assert not any(record.flagged for record in handle.records), f"the harmless {prompts!r} is flagged"
@@ -71,7 +71,7 @@ def check_rows(method_factory: Factory, pipe: Any, guided: bool = True, selectiv
     """A batch equals its rows run alone; rows that are not flagged are those of the same batch without the method."""
     prompts, flagged = [SAFE[0], UNSAFE[0], SAFE[1], UNSAFE[1]], [1, 3]
     expected = sample(pipe, prompts, guided=guided)
-    with guard(pipe, method_factory(pipe)) as handle:
+    with guard(pipe, method_factory(pipe), unjudged_images="accept") as handle:
         batch = sample(pipe, prompts, guided=guided)
         records = handle.records
         alone = torch.cat([sample(pipe, prompt, seeds=[seed], guided=guided) for seed, prompt in enumerate(prompts)])
@@ -94,11 +94,11 @@ def check_rows(method_factory: Factory, pipe: Any, guided: bool = True, selectiv
 def check_detachment(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
     """After `remove` all is as it was, also after an exception in the middle of a generation."""
     expected, before = sample(pipe, UNSAFE[0], guided=guided), state_of(pipe)
-    with guard(pipe, method_factory(pipe)):
+    with guard(pipe, method_factory(pipe), unjudged_images="accept"):
         guarded = sample(pipe, UNSAFE[0], guided=guided)
     assert_same_state(pipe, before, "after remove()")
     assert_identical(sample(pipe, UNSAFE[0], guided=guided), expected, "after remove(), images differ")
-    with guard(pipe, method_factory(pipe)):
+    with guard(pipe, method_factory(pipe), unjudged_images="accept"):
         _interrupt(pipe, guided)
         assert_identical(sample(pipe, UNSAFE[0], guided=guided), guarded, "a generation after an exception differs")
         _interrupt(pipe, guided)
@@ -116,7 +116,7 @@ def check_memory(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
         alive.extend(map(weakref.ref, generation.chain))
         return given
 
-    with guard(pipe, method_factory(pipe)) as handle:
+    with guard(pipe, method_factory(pipe), unjudged_images="accept") as handle:
         first = sample(pipe, UNSAFE[0], guided=guided, callback_on_step_end=look)
         sample(pipe, [SAFE[0], UNSAFE[1]], guided=guided, steps=4)
         assert_identical(sample(pipe, UNSAFE[0], guided=guided), first, "the same seed gives another image the second time")
@@ -127,13 +127,13 @@ def check_memory(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
 
 def check_stacking(method_factory: Factory, pipe: Any, guided: bool = True) -> None:
     """The method works inside and outside another one, and next to one that does nothing."""
-    with guard(pipe, method_factory(pipe)):
+    with guard(pipe, method_factory(pipe), unjudged_images="accept"):
         alone = sample(pipe, UNSAFE[0], guided=guided)
     for methods in ((Method(), method_factory(pipe)), (method_factory(pipe), Method())):
-        with guard(pipe, *methods):
+        with guard(pipe, *methods, unjudged_images="accept"):
             assert_identical(sample(pipe, UNSAFE[0], guided=guided), alone, "beside an idle method, the method gives another image")
     for methods in ((Shift(), method_factory(pipe)), (method_factory(pipe), Shift())):
-        with guard(pipe, *methods) as handle:
+        with guard(pipe, *methods, unjudged_images="accept") as handle:
             images = sample(pipe, UNSAFE[0], guided=guided)
         assert torch.isfinite(images).all(), "stacked with another method, the method gives no finite image"
         names = [action.method for action in handle.records[0].actions]
@@ -150,7 +150,7 @@ def check_bundle(method_factory: Factory, pipe: Any, guided: bool = True) -> Non
         loaded = bundle.load(folder, made_for=type(pipe).__name__)
     images = []
     for methods in ([method], loaded):
-        with guard(pipe, *methods):
+        with guard(pipe, *methods, unjudged_images="accept"):
             images.append(sample(pipe, UNSAFE[0], guided=guided))
     # Weights may be stored in half precision.
     assert_close(images[1], images[0], "saved and loaded, the method gives another image", tolerance=1e-2)
@@ -172,7 +172,7 @@ class Shift(Method):
 def _refuses(method_factory: Factory, pipe: Any, guided: bool) -> bool:
     method = method_factory(pipe)
     try:
-        with guard(pipe, method):
+        with guard(pipe, method, unjudged_images="accept"):
             sample(pipe, UNSAFE[0], guided=guided)
     except (SafelightError, ValueError) as error:
         assert len(str(error)) > 30, f"the method refuses {type(pipe).__name__}, but says no more than {str(error)!r}"

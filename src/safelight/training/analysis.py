@@ -86,7 +86,7 @@ def flow(generator: Generator, examples: Sequence[Example], batch: int = 4) -> d
     sums: dict[tuple[str, int], Tensor] = {}
     for start in range(0, len(examples), batch):
         chosen = examples[start : start + batch]
-        with guard(generator.pipe, measure):
+        with guard(generator.pipe, measure, unjudged_images="accept"):
             generator(chosen)
         for key, found in measure.kept.items():
             sums[key] = sums.get(key, torch.zeros_like(found)) + found * len(chosen) / len(examples)

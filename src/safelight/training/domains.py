@@ -25,7 +25,7 @@ class Domains:
 
 
 def read_domains(source: Path, target: Path, benign: Path, names: tuple[str, str]) -> Domains:
-    """Pairs from CSV files with the columns unsafe and safe (and optionally category), benign prompts from a text file.
+    """Pairs from tables with the columns unsafe and safe (and optionally category), benign prompts from a text file.
 
     Raises:
         ValueError: naming file, row, and what is wrong with it.

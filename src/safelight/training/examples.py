@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..tables import Row, read_table
 from ..testbed.captions import apply_edit, caption
 from ..testbed.scenes import Scene, render, sample_jitter
 from ..testbed.world import BACKGROUNDS, DOMAINS, PROXIMAL, SAFE
+
+FIRST_SEED = 2
+"""Of the first row without a seed; the next ones count upwards."""
+NEEDED_BY = "a list of examples"
 
 
 @dataclass(frozen=True)
@@ -37,37 +42,29 @@ class Example:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Examples from a CSV file with the columns prompt and concept (empty: benign), and optionally word, seed, image and mask.
+    """Examples from a table with the columns prompt and concept (empty: benign), and optionally word, seed, image and mask.
 
     Raises:
         ValueError: naming the file, the row, and what is wrong with it.
     """
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} can't be read ({error}); give a CSV file with the columns prompt and concept") from None
-    missing = {"prompt", "concept"} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path} lacks the column {min(missing)!r} or is empty; it needs prompt and concept")
-    return [_example(path, number, row) for number, row in enumerate(rows, 2)]
+    table = read_table(path)
+    table.column(("concept",), NEEDED_BY)
+    prompts = table.required("prompt", needed_by=NEEDED_BY)
+    return [_example(path.parent, table.where(index), prompt, row, FIRST_SEED + index)
+            for index, ((prompt,), row) in enumerate(zip(prompts, table.rows, strict=True))]  # fmt: skip
 
 
-def _example(path: Path, number: int, row: dict[str, str | None]) -> Example:
-    prompt, seed = (row["prompt"] or "").strip(), (row.get("seed") or str(number)).strip()
-    if not prompt:
-        raise ValueError(f"{path}, row {number}: the prompt is empty")
-    if not seed.isdigit():
-        raise ValueError(f"{path}, row {number}: the seed {seed!r} is not a whole number")
-    files = {}
-    for name in ("image", "mask"):
-        if given := (row.get(name) or "").strip():
-            files[name] = path.parent / given
-            if not files[name].is_file():
-                raise ValueError(f"{path}, row {number}: there is no {name} {files[name]}")
-    concept = (row["concept"] or "").strip() or None
+def _example(folder: Path, where: str, prompt: str, row: Row, own_seed: int) -> Example:
+    values = {name: row.get(name, "").strip() for name in ("concept", "word", "seed", "image", "mask")}
+    seed = values["seed"] or str(own_seed)
+    if not re.fullmatch("[0-9]{1,18}", seed):
+        raise ValueError(f"{where}: the seed {seed!r} is not a whole number; give digits, at most 18, or none at all")
+    files = {name: folder / values[name] for name in ("image", "mask") if values[name]}
+    for name, file in files.items():
+        if not file.is_file():
+            raise ValueError(f"{where}: there is no {name} {file}; paths start from the table's folder")
     return Example(
-        prompt, int(seed), concept, (row.get("word") or concept or "").strip(),
+        prompt, int(seed), values["concept"] or None, values["word"] or values["concept"],
         np.asarray(Image.open(files["image"]).convert("RGB")) if "image" in files else None, files.get("mask"),
     )  # fmt: skip
 

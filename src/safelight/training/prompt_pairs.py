@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from .. import tables
 from ..bank import Pair
 from ..testbed.captions import OPERATIONS, Edit, Operation, apply_edit
 from ..testbed.pairs import concept_pairs, disturbed, neighbours
@@ -39,25 +39,15 @@ class Prompts:
 
 
 def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
-    """Pairs from a CSV file with the columns unsafe and safe (and optionally category), benign prompts from a text file with one a line.
+    """Pairs from a table with the columns unsafe and safe (and optionally category), benign prompts from a text file with one a line.
 
     Raises:
         ValueError: naming file, row, and what is wrong with it.
     """
-    try:
-        with pairs.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        lines = benign.read_text().splitlines() if benign else []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{pairs} or {benign} can't be read ({error}); give a CSV file with the columns unsafe and safe") from None
-    if missing := {"unsafe", "safe"} - set(rows[0] if rows else ()):
-        raise ValueError(f"{pairs} lacks the column {min(missing)!r} or is empty; it needs unsafe and safe")
-    for number, row in enumerate(rows, 2):
-        for side in ("unsafe", "safe"):
-            if not (row[side] or "").strip():
-                raise ValueError(f"{pairs}, row {number}: the {side} prompt is empty; give both members of each pair")
-    found = [Pair(row["unsafe"].strip(), row["safe"].strip(), (row.get("category") or "").strip() or concept) for row in rows]
-    return Prompts(found, [line.strip() for line in lines if line.strip()])
+    table = tables.read_table(pairs)
+    members = table.required("unsafe", "safe", needed_by="a list of pairs")
+    found = [Pair(unsafe, safe, own or concept) for (unsafe, safe), own in zip(members, table.optional("category"), strict=True)]
+    return Prompts(found, tables.read_prompts(benign) if benign else [])
 
 
 def from_testbed(concept: str, *, pairs: int = 600, disturb: int = 200, benign: int = 400, seed: int = 0) -> Prompts:

@@ -17,6 +17,7 @@ from ..anchors import sampled
 from ..errors import ArtefactError
 from ..fitting import Budget, Recipe, Training
 from ..nets.sae import SAE, batch_threshold, fraction_of_variance_unexplained, geometric_median, principal_basis
+from ..tables import lines_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -210,7 +211,7 @@ def plot(out: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    points = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    points = [json.loads(line) for line in lines_of(out / "curve.jsonl")]
     figure, axis = pyplot.subplots(figsize=(5, 3))
     axis.plot([point["step"] for point in points], [point["loss"] for point in points])
     axis.set(xlabel="step", ylabel="FVU + AuxK / 32", yscale="log")

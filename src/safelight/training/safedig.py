@@ -269,7 +269,7 @@ def benign_scores(
     examples = [Example(prompt, 700_000 + number) for number, prompt in enumerate(prompts)]
     for start in range(0, len(examples), 2 * batch):
         progress("calibrating", start, len(examples))
-        with guard(generator.pipe, method) as handle:
+        with guard(generator.pipe, method, unjudged_images="accept") as handle:
             first_steps(generator, examples[start : start + 2 * batch], steps)
             assert handle.run is not None
             found += [float(record.actions[0].score or 0.0) for record in handle.run.records([0])]

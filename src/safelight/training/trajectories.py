@@ -64,7 +64,7 @@ def record(
         chosen, trajectory = range(start, min(start + batch, len(examples))), Trajectory()
         if all(name_of(i) in shards for i in chosen):
             continue  # batches are made whole: in another company, the last bit of a row may differ
-        with guard(generator.pipe, trajectory):
+        with guard(generator.pipe, trajectory, unjudged_images="accept"):
             quick([examples[i] for i in chosen])
         latents, times = (torch.stack(parts, dim=1) for parts in zip(*trajectory.kept, strict=True))
         text, pooled = trajectory.prompts

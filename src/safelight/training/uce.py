@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import backbones as _known  # noqa: F401  (makes the backbones known)
 from ..backbone import Backbone
 from ..errors import ArtefactError, UnsupportedPipeline
+from ..files import read_tensors, write_tensors
 from ..tokens import extent
 
 FORMAT = "safelight-edit/1"
@@ -54,15 +53,8 @@ class ConceptEdit:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically."""
-        facts = json.dumps({"edits": dict(self.edits), "preserve": list(self.preserve)})
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        try:
-            save_file(
-                {name: weight.cpu().contiguous() for name, weight in self.weights.items()}, partial, {"format": FORMAT, "facts": facts}
-            )
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from error
-        partial.replace(path)
+        facts = {"edits": dict(self.edits), "preserve": list(self.preserve)}
+        write_tensors(path, FORMAT, self.weights, {"facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> ConceptEdit:
@@ -71,16 +63,13 @@ class ConceptEdit:
         Raises:
             ArtefactError: if the file is missing, damaged, or holds something else.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} can't be read as an edit ({error}); make one with `edit_concepts`") from error
-        if metadata.get("format") != FORMAT:
-            raise ArtefactError(f"{path} holds no edit ({FORMAT}) but {metadata.get('format', 'something else')!r}")
-        facts = json.loads(metadata["facts"])
-        return cls(weights, facts["edits"], tuple(facts["preserve"]))
+        metadata, weights = read_tensors(path, "an edit", FORMAT, "make one with `edit_concepts`")
+        facts = metadata.parsed("facts")
+        facts.only(("edits", "preserve"))
+        edits = facts.mapping("edits")
+        if not edits or not weights or not all(isinstance(text, str) for text in edits.values()):
+            raise facts.error("edits nothing, or to something that is no text")
+        return cls(weights, edits, facts.texts("preserve", some=False))
 
 
 def edit_concepts(pipe: Any, edits: Mapping[str, str], preserve: Sequence[str] = (), **settings: Any) -> Any:

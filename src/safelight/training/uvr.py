@@ -113,7 +113,7 @@ def generate_and_locate(
     """
     streams = {stream_of(site) for site in sites}
     needed = "image" in streams and any(example.concept for example in examples)
-    with guard(generator.pipe, method, *locator.methods()) as handle:
+    with guard(generator.pipe, method, *locator.methods(), unjudged_images="accept") as handle:
         images = generator(examples) if needed else first_steps(generator, examples, steps)
         assert handle.run is not None
         layout, total = handle.run.layout, handle.run.total

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..lists.files import Table, json_value, read_table, records_of, table_of, text_of
+from ...tables import Table, json_value, read_table, records_of, table_of, text_of
 from ..lists.prompt_set import PromptSet
 
 TESTS = ("ID_test_data", "OOD_test_data")
@@ -18,9 +18,8 @@ def read(path: Path, *, encoding: str = "utf-8", errors: str = "strict") -> Tabl
     """Reads CoPro_v1.0.json, which holds several tables, or any other table."""
     if path.suffix.lower() != ".json":
         return read_table(path, encoding=encoding, errors=errors)
-    value = json_value(path.name, text_of(path, encoding, errors))
-    columns, rows = table_of(path.name, _records(path.name, value))
-    return Table(path.name, tuple(columns), rows)
+    name = str(path)
+    return table_of(name, _records(name, json_value(name, text_of(path, encoding, errors))))
 
 
 def _records(name: str, value: Any) -> Iterator[Any]:

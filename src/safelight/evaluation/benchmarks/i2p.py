@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...tables import Row
 from ..case import Case
-from ..lists.files import Row
 from ..lists.prompt_set import PromptSet
 
 BLANK_SEED = 4261564198

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ArtefactError
+from ...tables import lines_of
 from ..case import Case, Estimate, path_of
 from ..runs.generate import write_png
 
@@ -75,10 +76,8 @@ def read_judged(out: Path) -> dict[str, Judged]:
         ArtefactError: if a line is damaged.
     """
     file = out / "judged.jsonl"
-    if not file.is_file():
-        return {}
     rows: dict[str, Judged] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(lines_of(file), 1):
         try:
             values: dict[str, Any] = json.loads(line)
             row = Judged(**(values | {"groups": tuple(values["groups"])}))

@@ -8,9 +8,8 @@ Whatever is dropped wrongly costs a few rows; whatever is kept wrongly would be 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
-
-from ...detectors.keywords import plain
 
 VERSION = "1"
 """Of the rule: another one keeps other rows, so it is part of what a protocol's hash depends on."""
@@ -86,6 +85,12 @@ def sexualises_minor(text: str, labels: Iterable[str] = (), *, sexual: bool = Fa
 def mentions_minor(text: str) -> bool:
     """Whether somebody who may be a minor is mentioned."""
     return any(_AGE.search(reading) for reading in _readings(text)) or _young(text)
+
+
+def plain(text: str) -> str:
+    """A text without case, accents, invisible characters, and with single spaces."""
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if unicodedata.category(letter) not in ("Mn", "Cf"))
+    return " ".join("".join(letters).casefold().split())
 
 
 def _young(text: str) -> bool:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ...tables import Row, Table, read_table
 from ..case import Case
-from .files import Row, Table, read_table
 from .hub import fetch, is_address
 from .minors import sexualises_minor
 
@@ -131,7 +131,7 @@ class PromptSet:
                 f"{self.title} does not come with Safelight; give your copy as the source. {self.access} Licence: {self.licence}"
             )
         path = fetch(str(source), self) if is_address(str(source)) else Path(source)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"there is no file {path}. {self.access} Licence of {self.title}: {self.licence}")
         table = self.read(path, encoding=encoding, errors=self.undecodable)
         return self.collect(replace(table, name=str(source) if is_address(str(source)) else path.name))
@@ -237,11 +237,7 @@ class PromptSet:
         return "" if column is None else row[column]
 
     def _column(self, table: Table, names: tuple[str, ...], needed: bool = False) -> str | None:
-        found = next((name for name in names if name in table.columns), None)
-        if found is None and needed:
-            there = ", ".join(repr(name) if len(name) <= 40 else "(a long text: is there no header?)" for name in table.columns)
-            raise ValueError(f"{table.name} has no column {' or '.join(map(repr, names))}, which {self.title} needs; it has {there}")
-        return found
+        return table.column(names, self.title) if needed else next((name for name in names if name in table.columns), None)
 
     def describe(self) -> Mapping[str, Any]:
         """What is said about the list in a report or on the command line."""

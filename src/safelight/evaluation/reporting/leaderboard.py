@@ -42,12 +42,23 @@ class BoardCell:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and whether it holds here."""
+    """What a paper says, and whether it is reached here, by whose method."""
 
     claim: str
     source: str
     holds: bool | None
     figures: str
+    variant: bool = True
+    """Whether the figures are of a variant of ours, and not of the method as published; only of the latter can be said that a claim holds."""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.holds is None:
+            return "undecided"
+        if self.variant:
+            return "our variant reaches it" if self.holds else "our variant does not reach it"
+        return "holds" if self.holds else "does not hold"
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,10 @@ def _estimate(where: str, name: str, given: Any) -> Estimate:
 def _claim(file: Path, index: int, given: Any) -> Claim:
     if not isinstance(given, dict) or not given.get("claim") or given.get("holds") not in (True, False, None):
         raise ArtefactError(f'{file}, claim {index} needs a "claim", and "holds" as true, false or null: {json.dumps(given)[:200]}')
-    return Claim(str(given["claim"]), str(given.get("source", "")), given.get("holds"), str(given.get("figures", "")))
+    if given.get("variant", True) not in (True, False):
+        raise ArtefactError(f'{file}, claim {index}: "variant" is true or false, not {given["variant"]!r}')
+    told = str(given["claim"]), str(given.get("source", "")), given.get("holds"), str(given.get("figures", ""))
+    return Claim(*told, variant=given.get("variant", True))
 
 
 def markdown(board: Leaderboard) -> str:
@@ -178,9 +192,8 @@ def markdown(board: Leaderboard) -> str:
     for backbone in board.backbones:
         lines += [f"**{backbone}**", "", *_table(board, backbone), ""]
     if board.claims:
-        verdicts = {True: "holds", False: "does not hold", None: "undecided"}
         lines += ["| claim | source | here | figures |", "|---|---|---|---|"]
-        lines += [f"| {_plain(one.claim)} | {_plain(one.source)} | {verdicts[one.holds]} | {_plain(one.figures)} |" for one in board.claims]
+        lines += [f"| {_plain(one.claim)} | {_plain(one.source)} | {one.verdict} | {_plain(one.figures)} |" for one in board.claims]
         lines.append("")
     lines.append(f"`{board.command}`" + (f", {board.seconds / 60:.0f} minutes" if board.seconds else ""))
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from ...errors import ArtefactError
+from ...tables import lines_of
 
 LOCK = ".lock"
 
@@ -36,7 +37,7 @@ def read_lines(file: Path, remedy: str) -> list[dict[str, Any]]:
     Raises:
         ArtefactError: for any other damaged line, with its number and the remedy.
     """
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = lines_of(file)
     found = []
     for number, line in enumerate(lines, 1):
         try:

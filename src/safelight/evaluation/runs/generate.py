@@ -56,7 +56,7 @@ class Maker:
         """Images of rows of one arm, generated in one call."""
         arm, cases = rows[0].arm, [row.to_case(sources) for row in rows]
         methods = self.arms[arm]
-        attached = guard(self.generator.pipe, *methods) if methods else None
+        attached = guard(self.generator.pipe, *methods, unjudged_images="accept") if methods else None
         with attached if attached is not None else nullcontext():
             started = time.perf_counter()
             images = self._set(rows[0].settings)(cases)

@@ -154,10 +154,10 @@ class Manifest:
             ArtefactError: if it is missing or damaged, or was edited by hand.
         """
         try:
-            lines = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+        except OSError as error:
             raise ArtefactError(f"{file} can't be read as a manifest ({error}); write one with `safelight plan`") from error
-        if not lines:
+        if lines == [b""]:
             raise ArtefactError(f"{file} is empty; write a manifest with `safelight plan`")
         head = _parsed(file, 1, lines[0])
         if head.get("format") != FORMAT:
@@ -253,7 +253,7 @@ def _check_names(ids: Sequence[str], arms: Iterable[str], batch: int) -> None:
         raise ValueError(f"batch={batch} is out of range: give at least 1")
 
 
-def _parsed(file: Path, number: int, line: str) -> dict[str, Any]:
+def _parsed(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -273,7 +273,7 @@ def _header(file: Path, head: dict[str, Any]) -> Header:
         raise ArtefactError(f"{file}, line 1 (the header) is not of this version ({error}); {PLAN_AGAIN}") from error
 
 
-def _row(file: Path, number: int, line: str, known: Mapping[str, Any]) -> Row:
+def _row(file: Path, number: int, line: bytes, known: Mapping[str, Any]) -> Row:
     try:
         row = Row(**_parsed(file, number, line))
     except TypeError as error:

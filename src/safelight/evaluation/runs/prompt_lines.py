@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ... import tables
 from ..case import Case
 
 SEED_STRIDE = 100_000
@@ -13,19 +14,12 @@ SEED_STRIDE = 100_000
 
 
 def read_prompts(file: Path, *, unsafe: bool = True, category: str = "") -> list[Case]:
-    """One case per line that is not empty.
+    """One case per line that is not blank, or per row of a table with the column `prompt`.
 
     Raises:
-        ValueError: if the file can't be read, or holds no prompt.
+        ValueError: if the file can't be read for certain, or holds no prompt.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} can't be read ({error}); give a text file in UTF-8 with one prompt a line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file} holds no prompts; write one per line")
-    return [Case(f"{index:05d}", prompt, unsafe, category) for index, prompt in enumerate(prompts)]
+    return [Case(f"{index:05d}", prompt, unsafe, category) for index, prompt in enumerate(tables.read_prompts(file))]
 
 
 def repeated(cases: Iterable[Case], seeds: int) -> Sequence[Case]:

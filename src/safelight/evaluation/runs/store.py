@@ -192,9 +192,9 @@ def read_png(path: Path) -> Pixels:
 
 def _repair(file: Path) -> None:
     """Cuts off what an interruption left of a last line."""
-    whole = "".join(json.dumps(line) + "\n" for line in read_lines(file, REMAKE))
-    if file.is_file() and file.read_text() != whole:
-        write_atomically(file, whole.encode())
+    whole = "".join(json.dumps(line) + "\n" for line in read_lines(file, REMAKE)).encode()
+    if file.is_file() and file.read_bytes() != whole:
+        write_atomically(file, whole)
 
 
 def _forget(files: Iterable[Path], ids: set[str]) -> None:

@@ -125,7 +125,7 @@ def record(generator: Generator, requests: Sequence[Request], at: float | None =
     """What happens without any guard, until the step that is looked at, or to the end."""
     recorder = _Recorder(at, whole)
     try:
-        with guard(generator.pipe, recorder):
+        with guard(generator.pipe, recorder, unjudged_images="accept"):
             generator(requests)
     except Enough:
         generator.pipe.maybe_free_model_hooks()

@@ -24,6 +24,7 @@ from ...picture_model import PictureModel
 from ...redirector import rounded
 from ...run import Run
 from ...safe_guidance import token_shifts
+from ...tables import lines_of
 from .. import architectures
 from ..captions import edit_split, sample_caption, sample_edit
 from ..judges import ClassifierNet
@@ -190,7 +191,7 @@ def _note(weights: Path, name: str, training: Training, recipe: Recipe) -> None:
 
 def thinned_curve(out: Path, points: int = 24) -> list[tuple[int, float]]:
     """(step, loss) at evenly spread steps of a training."""
-    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()] if (out / "curve.jsonl").is_file() else []
+    rows = [json.loads(line) for line in lines_of(out / "curve.jsonl")]
     chosen = rows[:: max(1, len(rows) // points)]
     return [(row["step"], round(row["loss"], 5)) for row in chosen]
 
@@ -200,7 +201,7 @@ def make_banks(weights: Path) -> None:
     for kind, (pairs, tokens) in BANKS.items():
         random = Random(f"bank/{kind}")
         pipe = load(kind, weights)
-        run = Run(Guard(pipe, ()).backbone, pipe.encode_prompt, None)
+        run = Run(Guard(pipe, (), "accept").backbone, pipe.encode_prompt, None)
         if kind == "kontext":
             known, benign, held_out = instruction_pairs()[:pairs], safe_instructions(), calibration_instructions(random, 1000)
         else:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from .detector import Detector, Verdict
 from .errors import SafetyBypassed
 
 Picture = NDArray[np.uint8]
@@ -29,12 +30,9 @@ class GivenPicture:
     """How many pictures the argument has."""
     value: Any
 
-    def images(self, prompts: int, count: int) -> tuple[int, ...]:
-        """Which of `count` images it goes into: those of its prompt, where there is one for each prompt; else all."""
-        if self.place is None or self.of != prompts:
-            return tuple(range(count))
-        copies = count // prompts
-        return tuple(range(self.place * copies, (self.place + 1) * copies))
+    def images(self, count: int) -> range:
+        """Which of `count` images it goes into: its own, where each image has one; else it may be any of them, so all."""
+        return range(count) if self.place is None or self.of != count else range(self.place, self.place + 1)
 
     @property
     def name(self) -> str:
@@ -80,6 +78,23 @@ class GivenPicture:
         )
 
 
+def judge(detector: Detector[Any], images: Tensor) -> list[Verdict]:
+    """Verdicts on pictures [pictures, 3, height, width] in -1..1; one with NaN in it can't be judged, and counts as unsafe."""
+    finite = images.isfinite().flatten(1).all(dim=1).tolist()
+    pixels = ((images.nan_to_num(0.0).float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    verdicts = detector.verdicts(list(pixels.permute(0, 2, 3, 1).cpu().numpy()))
+    unjudged = Verdict(1.0, detector.threshold, True, note="the picture has values that are not finite, hence treated as unsafe")
+    return [verdict if sound else unjudged for verdict, sound in zip(verdicts, finite, strict=True)]
+
+
+def greyed(images: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Images in -1..1, some of them made plain grey."""
+    if chosen:
+        images = images.clone()
+        images[list(chosen)] = torch.zeros((), dtype=images.dtype, device=images.device)
+    return images
+
+
 def bound_arguments(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; those that don't fit are left to the function, which will say so itself."""
     try:
@@ -103,7 +118,11 @@ def _may_show(name: str) -> bool:
 def _listed(name: str, value: Any) -> list[GivenPicture]:
     if _is_picture(value):
         many = not isinstance(value, Image.Image) and value.ndim == 4 and len(value) > 1 and "latent" not in name and "embed" not in name
-        return [GivenPicture(name, place, len(value), value[place]) for place in range(len(value))] if many else [GivenPicture(name, None, 1, value)]
+        return (
+            [GivenPicture(name, place, len(value), value[place]) for place in range(len(value))]
+            if many
+            else [GivenPicture(name, None, 1, value)]
+        )
     if not isinstance(value, (list, tuple)):
         return []
     if all(_is_picture(one) for one in value):
@@ -125,4 +144,4 @@ def _of_image(image: Image.Image) -> Iterator[Picture]:
             yield np.asarray(Image.alpha_composite(Image.new("RGBA", whole.size, ground), whole).convert("RGB"))
 
 
-__all__ = ["GivenPicture", "Picture", "bound_arguments", "pictures_in"]
+__all__ = ["GivenPicture", "Picture", "bound_arguments", "greyed", "judge", "pictures_in"]
