@@ -32,6 +32,8 @@ from safelight.training.uvr import Config, calibrate, collect, fit
 MODELS = {False: "black-forest-labs/FLUX.1-dev", True: "black-forest-labs/FLUX.1-Kontext-dev"}
 PROBE = "single.10.attention:image"
 STEPS = {False: 28, True: 28}
+EARLY = 6
+"""Steps in which the model's own attention to a word says where a concept is."""
 TAU = {"nudity": 0.60, "blood": 0.50, "weapon": 0.30}
 """Published thresholds of raw anchors on FLUX.1-dev; 0.20 for all on Kontext."""
 
@@ -90,7 +92,7 @@ def real_locator(pipe: Any, masks: str, config: Config) -> Any:
     """Masks that came with the examples, or the model's own attention."""
     if masks == "drawn":
         return Drawn()
-    return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(config.steps)))
+    return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(EARLY)))
 
 
 if __name__ == "__main__":

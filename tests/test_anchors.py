@@ -108,7 +108,18 @@ def test_scores_are_smoothed_over_neighbours(grid: tuple[int, int]) -> None:
 def test_the_nearest_moments_anchors_are_used(progress: float, moment: int) -> None:
     anchors = made()
     only = replace(anchors, weights=anchors.weights[[moment]], bias=anchors.bias[[moment]], moments=(0.5,))
-    assert torch.equal(anchors.scores(tokens(), progress, (3, 5)), only.scores(tokens(), 0.0, (3, 5)))
+    assert torch.equal(anchors.scores(tokens(), progress, (3, 5)), only.scores(tokens(), 0.5, (3, 5)))
+
+
+@pytest.mark.parametrize(("moments", "progress"), [((0.0, 0.05, 0.1), 0.3), ((0.0, 0.05, 0.1), 1.0), ((0.4, 0.5), 0.1), ((0.0,), 0.2)])
+def test_a_look_far_from_every_moment_is_refused(moments: tuple[float, ...], progress: float) -> None:
+    """Image to image begins where anchors of the first steps know nothing."""
+    few = len(moments)
+    anchors = made(moments=moments)
+    anchors = replace(anchors, weights=anchors.weights[:few], bias=anchors.bias[:few])
+    anchors.scores(tokens(), moments[-1] + 0.9 * anchors.reach, (3, 5))
+    with pytest.raises(ArtefactError, match=f"look at {progress:.0%} of it.*safelight train uvr` without --steps.*uvr.localise"):
+        anchors.scores(tokens(), progress, (3, 5))
 
 
 def test_half_precision_tokens_give_single_precision_scores() -> None:
