@@ -1,10 +1,10 @@
-"""UVR's regulated attention of an edit against plain attention and against the published way of doing it, on FLUX's width.
+"""UVR's regulated attention of an edit against plain attention and against the released code's way of doing it, on FLUX's width.
 
 python benchmarks/uvr_attention.py --side 32 --repeats 9 --json uvr_attention.json
 
 plain       one fused attention, unregulated
 regulate    ours: one fused attention per group of queries, with scaled values; no attention matrix
-literal     as published: softmax probabilities [heads, queries, keys], scaled column by column and row by row in Python, times V
+literal     as the released code does it: softmax probabilities [heads, queries, keys], scaled column by column and row by row in Python, times V
 vectorised  the same with one indexed multiplication per factor: what is left of the gain if the loops are written well
 """
 

@@ -39,7 +39,7 @@ from safelight.testbed.tokenizer import EOS, PAD, build
 
 HEADS, HEAD_WIDTH, TEXT, CLIP_LENGTH = 24, 128, 512, 77
 TASKS = ("generation", "editing")
-SETTINGS = ("defaults", "published")
+SETTINGS = ("defaults", "near published")
 CASES = ("benign", "unsafe")
 TARGETS = {("generation", "benign"): 1.02, ("editing", "benign"): 1.02, ("generation", "unsafe"): 1.05, ("editing", "unsafe"): 1.10}
 MEMORY_TARGET = 1.02

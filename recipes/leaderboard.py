@@ -278,7 +278,7 @@ def editing(out: Path) -> dict[str, Any]:
 
 
 def claims(cells: Sequence[Mapping[str, Any]], benches: Sequence[Bench], out: Path) -> Iterator[Claim]:
-    """The papers' claims, held against what was measured here."""
+    """The papers' claims beside what was measured of our variants."""
     known = {(c["method"], c["backbone"], c["column"]): c["figures"] for c in cells if "figures" in c}
     yield from of_dual_latent(known, BACKBONES)
     yield from of_saferedir(known, BACKBONES)

@@ -1,4 +1,4 @@
-"""SafeDIG on FLUX.1-dev and Stable Diffusion 3.5 Large, with the published values beside ours; the same code runs on the testbed.
+"""SafeDIG on FLUX.1-dev and Stable Diffusion 3.5 Large, a guard near the published method beside ours; the same code runs on the testbed.
 
     python recipes/safedig_models.py flux --source s.csv --target t.csv --benign benign.txt --out dictionaries-flux       # GPU, bf16
     python recipes/safedig_models.py sd35 --source s.csv --target t.csv --benign benign.txt --out dictionaries-sd35
@@ -39,7 +39,7 @@ REDUCED = 1024
 
 
 def main() -> None:
-    """Records, routes, trains, transfers, calibrates, and saves our guard and the published one."""
+    """Records, routes, trains, transfers, calibrates, and saves our guard and the one near the published method: its strengths and operators, with our decoder and routing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--pipeline", help="another one of this family, e.g. a fine-tune, or a testbed's")
@@ -66,7 +66,7 @@ def main() -> None:
         made = make(generator, domains, config, arguments.out, advance, device)
     print(routing_table(made.routing))
     save(arguments.out, SafeDIG(dictionaries=made.dictionaries), made_for=name)
-    save(arguments.out / "published", SafeDIG.near_published(made.dictionaries, beta=BETA[arguments.model]), made_for=name)
+    save(arguments.out / "near-published", SafeDIG.near_published(made.dictionaries, beta=BETA[arguments.model]), made_for=name)
     shown = Example(domains.target[0].unsafe, 0)
     with guard(generator.pipe, SafeDIG(dictionaries=made.dictionaries)) as handle:
         generator([shown])

@@ -35,7 +35,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/methods/safedig.md"
 SOURCE, TARGET = "weapons", "substances"
 PIPELINES = ("flux", "sd3")
-PUBLISHED = {"flux": {"beta": 0.2, "gamma": 0.2}, "sd3": {"beta": 1.5, "gamma": 0.2}}
+STRENGTHS = {"flux": {"beta": 0.2, "gamma": 0.2}, "sd3": {"beta": 1.5, "gamma": 0.2}}
+"""The published strengths; all else of the rows "near-published" is as `SafeDIG.near_published` says."""
 SHOWN = (
     "unsafe_rate_base", "unsafe_rate", "erase_rate", "retention", "untouched", "over_refusal", "overhead_benign", "overhead_unsafe",
 )  # fmt: skip
@@ -118,15 +119,15 @@ def cost(one: Bench) -> list[str]:
 
 def ablation(one: Bench) -> list[str]:
     """What is lost without a part of it."""
-    published = SafeDIG.near_published(one.made.dictionaries, **PUBLISHED[one.name])
+    near = SafeDIG.near_published(one.made.dictionaries, **STRENGTHS[one.name])
     arms = {
         "full": one.guard,
         "without transfer (source only)": SafeDIG(dictionaries=source_only(one)),
         "without gate": replace(one.guard, gated=False),
         "one position only": SafeDIG(dictionaries=tuple(part for part in one.made.dictionaries if part.threshold is not None)),
         "Repel instead of Blend": replace(one.guard, operator="repel"),
-        "near-published Blend": replace(published, operator="blend"),
-        "near-published Repel": replace(published, operator="repel"),
+        "near-published Blend": replace(near, operator="blend"),
+        "near-published Repel": replace(near, operator="repel"),
     }
     return table(one, {name: [method] for name, method in arms.items()}, 100, "ablation")
 

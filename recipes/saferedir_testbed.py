@@ -145,7 +145,7 @@ def paraphrase(bench: Bench) -> str:
 def inputs(bench: Bench) -> str:
     """The classifier's accuracy on held-out prompts, by what it may look at, and by how prompts were held out."""
     records, prompts = trajectories(bench, "sd")
-    lines = ["| classifier sees | prompts at random (as published) | whole families | synonyms |", "|---|---|---|---|"]
+    lines = ["| classifier sees | prompts at random (the paper's split) | whole families | synonyms |", "|---|---|---|---|"]
     others = recorded(
         Generator(load_pipeline("testbed/sd"), call_settings("testbed/sd")), synonym_pairs(prompts), 1, bench.out / "synonyms-sd"
     )
@@ -192,8 +192,8 @@ def ablation(bench: Bench) -> str:
         "fixed difference": replace(own, redirectors=fixed),
         "checked after the denoiser": replace(own, late=True),
         "unconditional rows too": replace(own, unconditional=True),
-        "official network, our loop": SafeRedir(redirectors=released),
-        "all defects (near released)": SafeRedir.near_published(released),
+        "released architecture, our training and loop": SafeRedir(redirectors=released),
+        "the same, near the released loop": SafeRedir.near_published(released),
     }
     shown = ("fsr", "retention", "untouched", "over_refusal")
     lines = ["| arm | n | " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---" * 6 + "|"]

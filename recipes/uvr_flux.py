@@ -1,4 +1,4 @@
-"""UVR on FLUX.1 and FLUX.1 Kontext with the published values; the same code runs on the testbed.
+"""UVR on FLUX.1 and FLUX.1 Kontext: our guard, and one near the published method; the same code runs on the testbed.
 
     python recipes/uvr_flux.py --examples weapons.csv --out anchors-flux                     # collect and calibrate (GPU, bf16)
     python recipes/uvr_flux.py --examples edits.csv --editing --out anchors-kontext
@@ -32,12 +32,14 @@ from safelight.training.uvr import Config, calibrate, collect, fit
 MODELS = {False: "black-forest-labs/FLUX.1-dev", True: "black-forest-labs/FLUX.1-Kontext-dev"}
 PROBE = "single.10.attention:image"
 STEPS = {False: 28, True: 28}
+EARLY = 6
+"""Steps in which the model's own attention to a word says where a concept is."""
 TAU = {"nudity": 0.60, "blood": 0.50, "weapon": 0.30}
 """Published thresholds of raw anchors on FLUX.1-dev; 0.20 for all on Kontext."""
 
 
 def main() -> None:
-    """Collects, fits and calibrates anchors, and saves our guard and the published one."""
+    """Collects, fits and calibrates anchors, and saves our guard and the one near the published method: raw anchors, published τ and strengths, our clean-up of masks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", help="by default FLUX.1-dev, or Kontext-dev with --editing")
     parser.add_argument("--examples", type=Path)
@@ -67,8 +69,8 @@ def main() -> None:
     save(arguments.out / "ours", UVR(anchors=ours), made_for=name)
     raw = fit(shards, collected, config.site, replace(config, kind="raw", smooth=False), backbone)
     taus = tuple(0.20 if arguments.editing else TAU.get(concept, 0.30) for concept in raw.concepts)
-    published = UVR.near_published(replace(raw, thresholds=taus, levels=taus), editing=arguments.editing)
-    save(arguments.out / "published", published, made_for=name)
+    near = UVR.near_published(replace(raw, thresholds=taus, levels=taus), editing=arguments.editing)
+    save(arguments.out / "near-published", near, made_for=name)
     with guard(generator.pipe, UVR(anchors=ours)) as handle:
         generator(held_out[:1])
     print(handle.records[0].to_json()["actions"])
@@ -90,7 +92,7 @@ def real_locator(pipe: Any, masks: str, config: Config) -> Any:
     """Masks that came with the examples, or the model's own attention."""
     if masks == "drawn":
         return Drawn()
-    return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(config.steps)))
+    return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(EARLY)))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,18 @@ def test_scores_are_smoothed_over_neighbours(grid: tuple[int, int]) -> None:
 def test_the_nearest_moments_anchors_are_used(progress: float, moment: int) -> None:
     anchors = made()
     only = replace(anchors, weights=anchors.weights[[moment]], bias=anchors.bias[[moment]], moments=(0.5,))
-    assert torch.equal(anchors.scores(tokens(), progress, (3, 5)), only.scores(tokens(), 0.0, (3, 5)))
+    assert torch.equal(anchors.scores(tokens(), progress, (3, 5)), only.scores(tokens(), 0.5, (3, 5)))
+
+
+@pytest.mark.parametrize(("moments", "progress"), [((0.0, 0.05, 0.1), 0.3), ((0.0, 0.05, 0.1), 1.0), ((0.4, 0.5), 0.1), ((0.0,), 0.2)])
+def test_a_look_far_from_every_moment_is_refused(moments: tuple[float, ...], progress: float) -> None:
+    """Image to image begins where anchors of the first steps know nothing."""
+    few = len(moments)
+    anchors = made(moments=moments)
+    anchors = replace(anchors, weights=anchors.weights[:few], bias=anchors.bias[:few])
+    anchors.scores(tokens(), moments[-1] + 0.9 * anchors.reach, (3, 5))
+    with pytest.raises(ArtefactError, match=f"look at {progress:.0%} of it.*safelight train uvr` without --steps.*uvr.localise"):
+        anchors.scores(tokens(), progress, (3, 5))
 
 
 def test_half_precision_tokens_give_single_precision_scores() -> None:
@@ -153,9 +164,9 @@ def nan(own: dict[str, Tensor], name: str, value: float = math.nan) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str]] = {
-    "a fact too few": (lambda t, f: f.pop("moments"), "lacks a part of anchors.*moments"),
-    "a fact too many": (lambda t, f: f.update(colour="red"), "one too many.*colour"),
-    "no weights": (lambda t, f: t.pop("weights"), "lacks a part of anchors.*weights"),
+    "a fact too few": (lambda t, f: f.pop("moments"), "lacks a part.*moments"),
+    "a fact too many": (lambda t, f: f.update(colour="red"), "one part too many.*colour"),
+    "no weights": (lambda t, f: t.pop("weights"), "lacks a part of anchors.*bias"),
     "a tensor too many": (lambda t, f: t.update(more=torch.ones(1)), "one too many.*more"),
     "NaN": (lambda t, f: nan(t, "weights"), "contains NaN or infinite anchors"),
     "infinity": (lambda t, f: nan(t, "bias", math.inf), "contains NaN or infinite anchors"),
@@ -189,7 +200,7 @@ def test_thresholds_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -
 def test_no_heads_are_refused(tmp_path: Path) -> None:
     made().save(tmp_path / "anchors.safetensors")
     rewritten(tmp_path / "anchors.safetensors", lambda t, f: f.update(heads=0))
-    with pytest.raises(ArtefactError, match="isn't made of 0 heads"):
+    with pytest.raises(ArtefactError, match="has heads=0, which is no whole number"):
         Anchors.load(tmp_path / "anchors.safetensors")
 
 
@@ -206,7 +217,7 @@ def other_file(path: Path) -> None:
         (lambda path: path.write_text("not a safetensors file"), "can't be read as anchors"),
         (other_file, "no anchors of this version .*'something else'"),
         (lambda path: save_file({}, path, {"format": "safelight-anchors/0"}), "no anchors of this version .*safelight-anchors/0"),
-        (lambda path: save_file({}, path, {"format": "safelight-anchors/1", "facts": "{"}), "lacks a part of anchors"),
+        (lambda path: save_file({}, path, {"format": "safelight-anchors/1", "facts": "{"}), "damaged facts"),
     ],
     ids=["missing", "empty", "cut off", "text", "other tensors", "other version", "no JSON"],
 )

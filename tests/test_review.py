@@ -114,10 +114,10 @@ def test_a_damaged_bundle_is_told(document: Any, tmp_path: Path) -> None:
 def test_short_rows_and_broken_quotes_are_told(tmp_path: Path) -> None:
     file = tmp_path / "pairs.csv"
     file.write_text("unsafe,safe,category\ngun,cup\n")
-    with pytest.raises(ValueError, match="row 2: unsafe and category must not be empty"):
+    with pytest.raises(ValueError, match=r"row 1 \(line 2\) has 2 fields and the header 3"):
         read_pairs(file)
     file.write_text('unsafe,safe,category\n"' + "x" * 200_000 + "\n")
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match="is not a well-formed table"):
         read_pairs(file)
 
 

@@ -98,6 +98,8 @@ REFUSED = {
     "semicolons below the header": ("t.csv", "unsafe,safe\na;b\n", ["row 1 (line 2)", "separated by semicolons, not commas"]),
     "a column without a name": ("t.csv", "unsafe,safe,\na,b,c\n", ["no name for column 3 of 3"]),
     "an unclosed quote": ("t.csv", 'unsafe,safe\na,b\n"c,d\ne,f\n', ["not a well-formed table", "begins on line 3"]),
+    "a quote behind a space": ("t.csv", 'unsafe,safe\na, "b"\n', ["row 1 (line 2)", "remove the space between the comma and the quote"]),
+    "a quoted comma behind a space": ("t.csv", 'unsafe,safe\na, "b, c"\n', ["row 1 (line 2)", "remove the space between the comma"]),
     "two headers": ("t.csv", "unsafe,safe\na,b\nunsafe,safe\nc,d\n", ["row 2 (line 3) repeats the header"]),
     "a mark in the middle": ("t.csv", "unsafe,safe\na,b\n\ufeffc,d\n", ["row 2 (line 3) begins with a byte order mark"]),
     "two marks": ("t.csv", "\ufeff\ufeffunsafe,safe\na,b\n", ["its header begins with a byte order mark"]),
@@ -123,6 +125,10 @@ def test_what_cannot_be_read_for_certain_is_refused(what: str, tmp_path: Path) -
     assert "a cat" not in message, "prompts must not be printed"
 
 
+def test_a_prompt_may_begin_with_a_space_and_a_quote(tmp_path: Path) -> None:
+    assert read_table(wrote(tmp_path, "t.csv", 'a,b\n1," ""x"" y"\n')).rows[0]["b"] == ' "x" y'
+
+
 def test_the_index_of_a_data_frame_needs_no_name(tmp_path: Path) -> None:
     assert read_table(wrote(tmp_path, "t.csv", ",prompt\n0,a\n1,b\n")).columns == ("", "prompt")
     assert "no name for column 1 of 2" in refusal(wrote(tmp_path, "u.csv", ",prompt\nx,a\n"))
@@ -142,6 +148,18 @@ def test_the_nearest_column_is_named(tmp_path: Path) -> None:
     file = wrote(tmp_path, "t.csv", "Unsafe,safe,category\na,b,c\n")
     with pytest.raises(ValueError, match=r"no column 'unsafe'.*is 'Unsafe' meant\? Then rename it to 'unsafe'"):
         read_pairs(file)
+
+
+def test_another_column_is_not_taken_for_the_missing_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column 'safe', which a list of pairs needs; it has 'unsafe', 'x'$"):
+        read_training_prompts(wrote(tmp_path, "t.csv", "unsafe,x\na,b\n"), None, "weapons")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("Safe", "safe"), ("safe_", "safe")])
+def test_an_optional_column_is_not_left_out_for_its_spelling(name: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"has a column '{name}'; is '{meant}' meant"):
+        read_pairs(wrote(tmp_path, "t.csv", f"unsafe,{name},category\na,b,c\n"))
+    assert read_pairs(wrote(tmp_path, "t.csv", "unsafe,notes,category\na,b,c\n")) == [("a", "", "c")]
 
 
 @pytest.mark.parametrize("read", [read_pairs, read_examples, lambda file: read_training_prompts(file, None, "weapons")])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +27,10 @@ SAMPLED = 64
 """How many entries of the probe's weights identify a checkpoint."""
 SAME_WEIGHTS = 0.999
 """Their cosine, at least, between a checkpoint and itself in another precision."""
+NEAR = 2.0
+"""How far from its nearest moment a look may be, in spacings of the moments."""
+ALONE = 0.05
+"""The spacing of anchors of a single moment."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,9 @@ class Anchors:
     weights: Tensor
     """[moments, concepts, clusters, width], where width is that of all heads together."""
     bias: Tensor
-    """[moments, concepts, clusters]; zero unless whitened."""
+    """[moments, concepts, clusters], added to the likeness: what whitening asks for, and what puts the moments' scores on one scale."""
     moments: tuple[float, ...]
-    """The share of the steps that lay behind when each moment's anchors were collected."""
+    """How much of the noise schedule was done when each moment's anchors were collected."""
     concepts: tuple[str, ...]
     thresholds: tuple[float, ...]
     """τ of each concept: a token above it sets the guard off."""
@@ -61,13 +66,16 @@ class Anchors:
 
         Args:
             tokens: attention outputs [batch, tokens, width].
-            progress: the share of the steps that lie behind; the nearest moment's anchors are used.
+            progress: how much of the noise schedule is done; the nearest moment's anchors are used.
             grid: rows and columns of the image tokens.
 
         Returns:
             [batch, concepts, height, width]
+
+        Raises:
+            ArtefactError: if no moment is near (see `moment`).
         """
-        moment = min(range(len(self.moments)), key=lambda i: abs(self.moments[i] - progress))
+        moment = self.moment(progress)
         weights = self.weights[moment].to(tokens)
         if self.kind == "cosine":
             tokens, weights = normalize(tokens, dim=-1), normalize(weights, dim=-1)
@@ -77,6 +85,36 @@ class Anchors:
         likeness = likeness.unflatten(1, weights.shape[:2]) + self.bias[moment].to(likeness)[..., None]
         maps = likeness.amax(dim=2).unflatten(-1, grid)
         return avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False) if self.smooth and min(grid) > 1 else maps
+
+    def moment(self, progress: float) -> int:
+        """The moment that is nearest to where a generation is in the noise schedule.
+
+        Raises:
+            ArtefactError: if that is further off than `reach`: at another noise level, scores mean nothing.
+        """
+        nearest = min(range(len(self.moments)), key=lambda i: abs(self.moments[i] - progress))
+        if abs(self.moments[nearest] - progress) > self.reach:
+            raise ArtefactError(
+                f"these anchors at '{self.site}' were collected between {min(self.moments):.0%} and {max(self.moments):.0%} of the noise "
+                f"schedule, and are to look at {progress:.0%} of it (image to image begins late); "
+                "collect in every step, with `safelight train uvr` without --steps, or look less long (uvr.localise, uvr.late)"
+            )
+        return nearest
+
+    def check_moments(self, skipped: int, total: int, steps: Iterable[int]) -> None:
+        """Makes sure that something is known of each of some steps, of so many after those that a generation leaves out.
+
+        Raises:
+            ArtefactError: if not.
+        """
+        for step in steps:
+            self.moment((skipped + step) / (skipped + total))
+
+    @property
+    def reach(self) -> float:
+        """How far from its nearest moment a look may be: twice the widest spacing of the moments."""
+        ordered = sorted(self.moments)
+        return NEAR * max((after - before for before, after in itertools.pairwise(ordered)), default=ALONE)
 
     @property
     def width(self) -> int:
@@ -145,7 +183,7 @@ class Anchors:
         facts = metadata.parsed("facts")
         facts.only([field.name for field in fields(cls) if field.name not in ("weights", "bias")])
         if sorted(tensors) != ["bias", "weights"] or not isinstance(facts.get("smooth"), bool):
-            raise facts.error("lacks a part of anchors, or has one too many")
+            raise facts.error(f"lacks a part of anchors, or has one too many (it has {', '.join(sorted(tensors))})")
         anchors = cls(
             tensors["weights"],
             tensors["bias"], **{name: facts.numbers(name) for name in ("moments", "thresholds", "levels")}, concepts=facts.texts("concepts"),
@@ -154,6 +192,7 @@ class Anchors:
         )  # fmt: skip
         if flaw := anchors._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        metadata.settle()
         return anchors
 
     def _flaw(self) -> str | None:

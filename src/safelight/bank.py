@@ -160,6 +160,7 @@ class Bank:
             raise ArtefactError(f"{path} lacks a part of a bank, or has one too many ({error}); {REMEDY}") from error
         if flaw := bank._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        metadata.settle()
         return bank
 
     def _flaw(self) -> str | None:

@@ -76,6 +76,12 @@ def load(folder: str | Path, *, made_for: str | None = None, changes: Mapping[st
         raise ArtefactError(f"{folder}/method.json is damaged: not all of its methods are methods")
     for method in methods:
         _check_fields(method, folder)
+    own = {name: value for name, value in document.items() if name != "sha256"}
+    if document.get("sha256", content_hash(own)) != content_hash(own):
+        raise ArtefactError(
+            f"{folder}/method.json is damaged, or was changed by hand (its sha256 differs); save the methods again, or load them with changes "
+            "instead of changing the file"
+        )
     if changes:
         raise ValueError(f"{folder} has no field {sorted(changes)[0]!r}")
     return methods
@@ -93,9 +99,6 @@ def _document(folder: Path) -> dict[str, Any]:
         raise ArtefactError(f"{file} has the format {document.get('format')!r}, not {FORMAT!r}")
     facts = Facts(document, str(file), "save the methods again, or load them with changes instead of changing the file")
     facts.only(("format", "made_for", "methods", "files", "sha256"))
-    own = {name: value for name, value in document.items() if name != "sha256"}
-    if document.get("sha256", content_hash(own)) != content_hash(own):
-        raise facts.error("is damaged, or was changed by hand (its sha256 differs)")
     files = document.get("files", {})
     if not isinstance(document.get("made_for", ""), str) or not isinstance(files, dict) or not all(map(_is_text, files.values())):
         raise facts.error("is damaged: made_for is a text, and files are names with their sha256")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .files import parse_json
+
 LARGEST_ANSWER = 1 << 20  # bytes
+MOST_RECEIVED = 2 << 20
+"""Bytes of one answer with its headers, as they come over the wire."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +30,24 @@ class Endpoint:
     retries: int
 
     def client(self) -> Any:
-        """An `httpx.Client`, to be used as a context.
+        """A pool of connections whose every read and write ends with the attempt's deadline, to be used as a context.
 
         Raises:
-            ImportError: if httpx is missing.
+            ImportError: if httpcore is missing.
             ValueError: if the environment variable of the key is named, but not set.
         """
         try:
-            import httpx
+            import httpcore
         except ImportError as error:
-            raise ImportError("asking a chat model needs httpx; `pip install 'safelight[llm]'`") from error
-        return httpx.Client(headers=self._headers(), timeout=self.timeout)
+            raise ImportError("asking a chat model needs httpcore; `pip install 'safelight[llm]'`") from error
+        self._headers()  # raises without a key
+        return httpcore.ConnectionPool(network_backend=_within_deadlines(), max_connections=64)
 
     def ask(self, client: Any, messages: Sequence[dict[str, Any]], forms: Sequence[dict[str, Any]]) -> str:
         """The model's answer in the first of these forms that the server supports.
 
         Raises:
-            OSError, httpx.TransportError, ValueError: if there is no answer after all attempts, or it has no text.
+            OSError, ValueError: if there is no answer after all attempts, or it has no text.
         """
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         for form in forms:
@@ -51,7 +57,11 @@ class Endpoint:
                 break
         if status != 200:
             raise OSError(f"the endpoint answered with status {status}")
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        answer = parse_json(body)
+        try:
+            content = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError("the answer holds no message") from None
         if not isinstance(content, str):
             raise ValueError("the answer has no text")
         return content
@@ -65,15 +75,15 @@ class Endpoint:
 
     def _post(self, client: Any, url: str, request: dict[str, Any]) -> tuple[int, bytes]:
         """Status and body, after as many attempts as allowed."""
-        import httpx
+        import httpcore
 
         for attempt in range(self.retries + 1):
             last = attempt == self.retries
             try:
                 status, body = self._attempt(client, url, request)
-            except (httpx.TransportError, TimeoutError):
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError) as error:
                 if last:
-                    raise
+                    raise OSError(f"no answer: {type(error).__name__} {error}".strip()) from error
             else:
                 if last or (status != 429 and status < 500):
                     return status, body
@@ -81,15 +91,72 @@ class Endpoint:
         raise AssertionError("the last attempt returns or raises")
 
     def _attempt(self, client: Any, url: str, request: dict[str, Any]) -> tuple[int, bytes]:
-        deadline, body = time.monotonic() + self.timeout, bytearray()
-        with client.stream("POST", url, json=request) as response:
-            for part in response.iter_bytes():  # httpx's timeout is for each read: a trickle of bytes would last for ever
+        """One request. No redirect is followed; an answer is read as it comes, and refused if it is packed: small ones unpack to gigabytes."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity", **self._headers()}
+        _deadline.at, body = time.monotonic() + self.timeout, bytearray()
+        waits = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout)
+        with client.stream("POST", url, headers=headers, content=json.dumps(request).encode(), extensions={"timeout": waits}) as response:
+            packed = [
+                value for name, value in response.headers if name.lower() == b"content-encoding" and value.strip().lower() != b"identity"
+            ]
+            if packed:
+                raise OSError(f"the answer is packed ({packed[0].decode(errors='replace')}), which was not asked for")
+            for part in response.iter_stream():
                 body += part
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no complete answer within {self.timeout:g} s")
                 if len(body) > LARGEST_ANSWER:
                     raise OSError("the answer is far too long")
-            return response.status_code, bytes(body)
+            return response.status, bytes(body)
+
+
+_deadline = threading.local()
+"""When this thread's attempt ends. An attempt is one blocking call, so that no two share a thread."""
+
+
+def _within_deadlines() -> Any:
+    """Httpcore's way to the network, with a limit on each attempt as a whole: a trickle of bytes, in a body or in headers, would last for ever."""
+    import httpcore
+
+    def left() -> float:
+        seconds = float(_deadline.at) - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("no complete answer in time")
+        return seconds
+
+    class Stream(httpcore.NetworkStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream, self._received = stream, 0
+
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            data: bytes = self._stream.read(max_bytes, left())
+            self._received += len(data)
+            if self._received > MOST_RECEIVED:
+                raise OSError("the answer is far too long")
+            return data
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            self._received = 0
+            self._stream.write(buffer, left())
+
+        def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
+            return Stream(self._stream.start_tls(ssl_context, server_hostname, left()))
+
+        def close(self) -> None:
+            self._stream.close()
+
+        def get_extra_info(self, info: str) -> Any:
+            return self._stream.get_extra_info(info)
+
+    class Backend(httpcore.NetworkBackend):
+        def __init__(self) -> None:
+            self._backend = httpcore.SyncBackend()
+
+        def connect_tcp(self, host: str, port: int, timeout: Any = None, local_address: Any = None, socket_options: Any = None) -> Any:
+            return Stream(self._backend.connect_tcp(host, port, left(), local_address, socket_options))
+
+        def sleep(self, seconds: float) -> None:
+            time.sleep(min(seconds, left()))
+
+    return Backend()
 
 
 def answer_forms(name: str, schema: dict[str, Any]) -> tuple[dict[str, Any], ...]:

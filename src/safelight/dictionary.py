@@ -173,6 +173,7 @@ class Dictionary:
             raise ArtefactError(f"{path} lacks a part of a safety dictionary, or has one too many ({first}); {REMEDY}") from error
         if flaw := made._flaw():
             raise ArtefactError(f"{path} {flaw}; {REMEDY}")
+        metadata.settle()
         return made
 
     def _flaw(self) -> str | None:

@@ -238,7 +238,10 @@ class Engine:
         output: list[Any] = []
         wants_tuple = kwargs.get("return_dict") is False
 
+        before = run.flagged
+
         def base(call: Call) -> Tensor:
+            call = call if run.flagged == before else run.without_negatives(call)  # a method found it unsafe in this very call
             run.call = call
             with self._taps.watching(call, generation.chain):
                 output[:] = [original(**self.backbone.write(call) | {"return_dict": not wants_tuple})]

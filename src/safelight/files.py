@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +43,13 @@ class Facts:
     where: str
     """For messages: the file."""
     remedy: str
+    damaged: bool = False
+    """Whether the content is another one than was written; told last, as what exactly is wrong says more."""
+
+    def settle(self) -> None:
+        """Raises ArtefactError if the content is another one than was written."""
+        if self.damaged:
+            raise self.error(f"is damaged: its content is not what was written (its {HASH} differs)")
 
     def error(self, message: str) -> ArtefactError:
         """An error that names the file and the remedy."""
@@ -51,7 +58,7 @@ class Facts:
     def get(self, name: str) -> Any:
         """A fact of any type, also null."""
         if name not in self.known:
-            raise self.error(f"lacks {name!r}")
+            raise self.error(f"lacks a part: {name!r}")
         return self.known[name]
 
     def text(self, name: str) -> str:
@@ -112,7 +119,7 @@ class Facts:
     def only(self, names: Sequence[str]) -> None:
         """Refuses facts of other names."""
         if strange := sorted(set(self.known) - set(names)):
-            raise self.error(f"has an unknown part {strange[0]!r}")
+            raise self.error(f"has one part too many: {strange[0]!r}")
 
     def _listed(self, name: str, *, some: bool = True) -> list[Any]:
         value = self.get(name)
@@ -148,13 +155,22 @@ def read_bytes(path: str | Path, most: int = LARGEST_JSON) -> bytes:
     Raises:
         ArtefactError: if it is missing, something else than a file, or larger than `most`.
     """
+    with _opened(path, most) as file:
+        return file.read(most + 1)
+
+
+def _opened(path: str | Path, most: int) -> BinaryIO:
+    """A regular file of at most `most` bytes, opened without waiting for who might write into it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} can't be read ({error})") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         _check_size(path, os.fstat(descriptor), most)
-        return file.read(most + 1)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def _check_size(path: str | Path, found: os.stat_result, most: int) -> None:
@@ -244,29 +260,22 @@ def read_tensors(path: str | Path, what: str, format: str, remedy: str) -> tuple
     except ArtefactError as error:
         raise ArtefactError(f"{path} can't be read as {what} ({error}); {remedy}") from error
     if metadata.get("format") != format:
-        raise ArtefactError(
-            f"{path} is not {what} of this version ({format}) but {_short(metadata.get('format', 'something else'))}; {remedy}"
-        )
+        kind = what.split(" ", 1)[-1] if what.startswith(("a ", "an ")) else what
+        told = _short(metadata.get("format", "something else"))
+        raise ArtefactError(f"{path} holds no {kind} of this version ({format}) but {told}; {remedy}")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtefactError(f"{path} can't be read as {what} ({error}); {remedy}") from error
-    if HASH in metadata and metadata[HASH] != _hash_of(metadata, tensors):
-        raise ArtefactError(f"{path} is damaged: its content is not what was written (its {HASH} differs); {remedy}")
-    return Facts(metadata, str(path), remedy), tensors
+    return Facts(metadata, str(path), remedy, HASH in metadata and metadata[HASH] != _hash_of(metadata, tensors)), tensors
 
 
 def _checked_header(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file, once its header is found sound."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(str(error)) from error
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        _check_size(path, found, LARGEST_FILE)
+    with _opened(path, LARGEST_FILE) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if found.st_size < 8 or not 2 <= length <= min(LARGEST_JSON, found.st_size - 8):
+        if size < 8 or not 2 <= length <= min(LARGEST_JSON, size - 8):
             raise ArtefactError("it has no header of tensors")
         text = file.read(length)
     try:
@@ -278,7 +287,7 @@ def _checked_header(path: str | Path) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ArtefactError("its metadata are no texts")
-    _check_ranges(header, found.st_size - 8 - length)
+    _check_ranges(header, size - 8 - length)
     return metadata
 
 

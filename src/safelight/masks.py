@@ -127,3 +127,11 @@ def iou(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of masks [batch, height, width]; 1 where both are empty, [batch]."""
     union = (first | second).flatten(1).sum(1)
     return torch.where(union > 0, (first & second).flatten(1).sum(1) / union.clamp_min(1), 1.0)
+
+
+def over_latents(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks over image tokens [batch, height, width] as masks that broadcast with latents, packed or not."""
+    if latents.ndim == 3:
+        return masks.flatten(1)[..., None]
+    rows, columns = latents.shape[-2] // masks.shape[-2], latents.shape[-1] // masks.shape[-1]
+    return masks.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]

@@ -92,4 +92,5 @@ class PictureModel:
             ) from error
         if probabilities.shape[1] != len(labels):
             raise ArtefactError(f"{path} has {len(labels)} labels for a network that tells {probabilities.shape[1]} apart; {REMEDY}")
+        metadata.settle()
         return made

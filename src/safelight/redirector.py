@@ -128,6 +128,7 @@ class Redirector:
             raise ArtefactError(f"{path} has settings that don't fit its architecture ({str(error).strip()[:200]}); {REMEDY}") from error
         made = cls(net, facts.text("concept"), threshold, Calibration.read(facts), facts.mapping("model"))
         made._fill(tensors, path)
+        metadata.settle()
         return made
 
     @classmethod

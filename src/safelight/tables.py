@@ -35,6 +35,7 @@ UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 MARK = "\ufeff"
 LINE_END = re.compile(r"\r\n|\n|\r")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+LATE_QUOTE = "a quote behind a space opens no text; remove the space between the {} and the quote"
 SAVE_AS_UTF8 = "save it as UTF-8 (a spreadsheet calls it 'CSV UTF-8')"
 
 
@@ -53,8 +54,8 @@ class Table:
         line = f" (line {self.lines[index]:,})" if self.lines else ""
         return f"{self.name}, row {index + 1:,}{line}"
 
-    def column(self, names: Sequence[str], needed_by: str) -> str:
-        """The first of some columns that is there.
+    def column(self, names: Sequence[str], needed_by: str, *, besides: Sequence[str] = ()) -> str:
+        """The first of some columns that is there; `besides` are columns with another meaning.
 
         Raises:
             ValueError: if there is none of them; the message lists the columns, and the nearest.
@@ -62,8 +63,7 @@ class Table:
         if found := next((name for name in names if name in self.columns), None):
             return found
         there = ", ".join(repr(name) if len(name) <= LONGEST_NAME else "(a long text: is there no header?)" for name in self.columns)
-        known = {name.strip().casefold(): name for name in self.columns if len(name) <= LONGEST_NAME}
-        near = next((known[match] for name in names for match in difflib.get_close_matches(name.casefold(), known, n=1)), None)
+        near = next(filter(None, (self._near(name, besides, 0.6) for name in names)), None)
         remedy = "" if near is None else f"; is {near!r} meant? Then rename it to {names[0]!r}"
         raise ValueError(f"{self.name} has no column {' or '.join(map(repr, names))}, which {needed_by} needs; it has {there}{remedy}")
 
@@ -74,7 +74,7 @@ class Table:
             ValueError: if a column is missing, or a value empty.
         """
         for name in names:
-            self.column((name,), needed_by)
+            self.column((name,), needed_by, besides=names)
         values = []
         for index, row in enumerate(self.rows):
             values.append(tuple(row[name].strip() for name in names))
@@ -82,9 +82,20 @@ class Table:
                 raise ValueError(f"{self.where(index)}: the column {empty!r} is empty; complete the row, or remove it")
         return values
 
-    def optional(self, name: str) -> list[str]:
-        """The values of a column, row by row, without space around them; empty where there is none."""
+    def optional(self, name: str, *, besides: Sequence[str]) -> list[str]:
+        """The values of a column, row by row, without space around them; empty without one. `besides` are columns with another meaning.
+
+        Raises:
+            ValueError: if there is none, but one that is nearly called so: what it holds would be left out, and nobody would know.
+        """
+        if name not in self.columns and (near := self._near(name, besides, 0.85)):
+            raise ValueError(f"{self.name} has a column {near!r}; is {name!r} meant? Then rename it, else give it a name less like it")
         return [row.get(name, "").strip() for row in self.rows]
+
+    def _near(self, name: str, besides: Sequence[str], likeness: float) -> str | None:
+        """The column whose name is nearest to another one."""
+        known = {column.strip().casefold(): column for column in self.columns if len(column) <= LONGEST_NAME and column not in besides}
+        return next((known[match] for match in difflib.get_close_matches(name.casefold(), known, n=1, cutoff=likeness)), None)
 
 
 def read_table(path: Path, *, encoding: str = "utf-8", errors: str = "strict") -> Table:
@@ -190,9 +201,10 @@ def _csv(name: str, text: str, delimiter: str = ",") -> Table:
     for number, (line, fields) in enumerate(records, 1):
         where = f"{name}, row {number:,} (line {line:,})"
         if len(fields) != len(columns):
-            raise ValueError(
-                f"{where} has {len(fields)} fields and the header {len(columns)}{_why_ragged(fields, len(columns), delimiter)}"
-            )
+            why = _why_ragged(fields, len(columns), delimiter)
+            raise ValueError(f"{where} has {len(fields)} fields and the header {len(columns)}: {why}")
+        if any(_opens_late(field) and delimiter + field in text for field in fields):
+            raise ValueError(f"{where}: {LATE_QUOTE.format(DELIMITERS[delimiter].removesuffix('s'))}")
         if len(columns) > 1 and tuple(map(str.strip, fields)) == columns:
             raise ValueError(f"{where} repeats the header: were two files joined? Remove the line")
         _check_joint(where, fields[0])
@@ -249,11 +261,18 @@ def _why_ragged(fields: Sequence[str], expected: int, delimiter: str) -> str:
         (other for other in DELIMITERS if len(fields) == 1 and other != delimiter and fields[0].count(other) == expected - 1), None
     )
     if other is not None:
-        return f": it is separated by {DELIMITERS[other]}, not {DELIMITERS[delimiter]}; save the whole file with {DELIMITERS[delimiter]}"
+        return f"it is separated by {DELIMITERS[other]}, not {DELIMITERS[delimiter]}; save the whole file with {DELIMITERS[delimiter]}"
     one = DELIMITERS[delimiter].removesuffix("s")
+    if any(map(_opens_late, fields)):
+        return LATE_QUOTE.format(one)
     if len(fields) > expected:
-        return f": probably a text in it holds a {one}; put such texts between double quotes"
-    return f": probably a {one} is missing, or a text holds a line break; put such texts between double quotes"
+        return f"probably a text in it holds a {one}; put such texts between double quotes"
+    return f"probably a {one} is missing, or a text holds a line break; put such texts between double quotes"
+
+
+def _opens_late(field: str) -> bool:
+    """Whether a value begins with a space and a quote, which is then a part of the text."""
+    return field[:1].isspace() and field.lstrip().startswith('"')
 
 
 def _tsv(name: str, text: str) -> Table:

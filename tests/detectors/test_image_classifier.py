@@ -103,7 +103,12 @@ def test_a_bundle_holds_either(model: PictureModel, folder: Path, tmp_path: Path
     (picture,) = scenes(1, safe=False)
     for number, detector in enumerate((ImageClassifier(model=model), ImageClassifier(pretrained=str(folder), unsafe=("nsfw",)))):
         save(tmp_path / str(number), PostFilter(detector=detector))
-        (loaded,) = load(tmp_path / str(number))
+        if detector.pretrained:
+            with pytest.raises(ArtefactError, match=r"image_classifier\.pretrained, points outside the bundle"):
+                load(tmp_path / str(number))
+        (loaded,) = load(
+            tmp_path / str(number), changes={"image_classifier.pretrained": detector.pretrained} if detector.pretrained else {}
+        )
         assert isinstance(loaded, PostFilter)
         assert torch.allclose(loaded.detector([picture]), detector([picture]), atol=1e-3)
         assert loaded.detector.threshold == detector.threshold

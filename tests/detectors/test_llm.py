@@ -120,8 +120,8 @@ def test_a_server_that_stays_in_trouble_counts_as_unsafe(server: Server, status:
 
 def test_a_server_without_schemas_is_asked_for_json(server: Server) -> None:
     server.answer = lambda request: (400, "") if request["response_format"]["type"] == "json_schema" else (200, UNSAFE)
-    assert detector(server).verdicts(["a knife"])[0].safe_prompt == "a spoon"
-    assert [request["response_format"]["type"] for request in server.requests] == ["json_schema", "json_object"]
+    assert detector(server).verdicts(["a knife"])[0].concept == "weapons"
+    assert [request["response_format"]["type"] for request in server.requests][:2] == ["json_schema", "json_object"]
 
 
 def test_silence_counts_as_unsafe(server: Server) -> None:
@@ -201,3 +201,23 @@ def test_parse_takes_nothing_but_the_schema() -> None:
     assert parse('{"unsafe": true, "category": "weapons", "safe_prompt": ""}')["unsafe"] is True
     with pytest.raises(ValueError, match="schema"):
         parse('{"unsafe": 1, "category": "", "safe_prompt": ""}')
+
+
+def test_a_rewrite_is_judged_before_anybody_uses_it(server: Server) -> None:
+    server.answer = lambda request: (
+        200, completion(unsafe="knife" in server.prompt(request) or "sword" in server.prompt(request), category="weapons",
+                        safe_prompt={"a knife": "a sword", "a bomb": "a spoon"}.get(server.prompt(request), "")),
+    )  # fmt: skip
+    (verdict,) = LanguageModel(base_url=server.url, model="m").verdicts(["a knife"])
+    assert verdict.flagged
+    assert verdict.safe_prompt is None
+    assert "not safe itself" in str(verdict.note)
+    server.answer = lambda request: (200, completion(unsafe=server.prompt(request) == "a knife", category="weapons", safe_prompt="a spoon"))
+    assert LanguageModel(base_url=server.url, model="m").verdicts(["a knife"])[0].safe_prompt == "a spoon"
+
+
+def test_a_name_that_stands_twice_is_no_answer(server: Server) -> None:
+    server.answer = lambda _: (200, wrapped('{"unsafe": true, "category": "weapons", "safe_prompt": "", "unsafe": false}'))
+    (verdict,) = LanguageModel(base_url=server.url, model="m", retries=0).verdicts(["a knife"])
+    assert verdict.flagged
+    assert "stands twice" in str(verdict.note)

@@ -157,7 +157,7 @@ def test_a_record_names_the_features_that_fired(flux: Any, fitted: Any) -> None:
     json.dumps(handle.records[1].to_json())
 
 
-def test_the_published_operators_change_every_picture(flux: Any, fitted: Any) -> None:
+def test_near_published_operators_change_every_picture(flux: Any, fitted: Any) -> None:
     expected = sample(flux, [SAFE[0], UNSAFE[0]])
     for operator in ("blend", "repel"):
         with guard(flux, replace(SafeDIG.near_published(fitted(flux)), operator=operator)):
@@ -166,7 +166,7 @@ def test_the_published_operators_change_every_picture(flux: Any, fitted: Any) ->
         assert not torch.equal(images[1], expected[1])
 
 
-def test_the_published_formulas(flux: Any, fitted: Any) -> None:
+def test_near_published_formulas(flux: Any, fitted: Any) -> None:
     dictionary = fitted(flux)[1]
     method = SafeDIG.near_published([dictionary], beta=0.3, gamma=0.1)
     method.run = type("Now", (), {"progress": 0.0})()  # type: ignore[assignment]

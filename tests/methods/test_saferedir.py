@@ -144,7 +144,7 @@ class Counting(SafeRedir):
         return decode(images)
 
 
-def test_the_first_step_is_protected_unless_published() -> None:
+def test_the_first_step_is_protected_unless_near_published() -> None:
     pipe = tiny_pipeline("sd")
     with guard(pipe, Witness()):
         sample(pipe, UNSAFE[0])
@@ -154,7 +154,7 @@ def test_the_first_step_is_protected_unless_published() -> None:
         sample(pipe, UNSAFE[0])
     late = [call.text for call in CALLS]
     assert torch.equal(late[0], plain[0])
-    assert not torch.equal(late[1][:1], plain[1][:1]), "the published code moves the unconditional rows"
+    assert not torch.equal(late[1][:1], plain[1][:1]), "the released code moves the unconditional rows"
     CALLS.clear()
     with guard(pipe, saferedir("sd"), Witness()):
         sample(pipe, UNSAFE[0])

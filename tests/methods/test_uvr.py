@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 
@@ -19,7 +19,7 @@ from safelight.anchors import Anchors, fingerprint
 from safelight.attach import Guard
 from safelight.backbone import Backbone
 from safelight.compose import build, call_settings, load_pipeline
-from safelight.errors import SafetyBypassed, UnsupportedPipeline
+from safelight.errors import ArtefactError, SafetyBypassed, UnsupportedPipeline
 from safelight.evaluation.case import Case
 from safelight.flow import Call, Heads, Step
 from safelight.generator import Generator
@@ -38,6 +38,7 @@ from safelight.testing.methods import SAFE, UNSAFE
 PROBES = {"flux": "single.0.attention:image", "kontext": "single.0.attention:image", "sd3": "joint.1.attention:image"}
 BATCH = [SAFE[0], UNSAFE[0], SAFE[1], UNSAFE[1]]
 NEVER = 1e9
+IMAGE_TO_IMAGE: dict[str, Any] = {"flux": FluxImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline}
 
 every_pipeline = pytest.mark.parametrize("name", PROBES)
 generators = pytest.mark.parametrize("name", ["flux", "sd3"])
@@ -94,8 +95,10 @@ def learnt(name: str) -> dict[str, Any]:
 
 
 def anchors(name: str, threshold: float = 1.0, **changes: Any) -> Anchors:
-    facts = {"moments": (0.0,), "concepts": ("weapon",), "thresholds": (threshold,), "levels": (threshold,), "heads": 2}
-    return Anchors(**facts | learnt(name) | changes)
+    moments = (0.0, 0.25, 0.5, 0.75)  # the same everywhere
+    facts = {"moments": moments, "concepts": ("weapon",), "thresholds": (threshold,), "levels": (threshold,), "heads": 2}
+    everywhere = {part: learnt(name)[part].expand(len(moments), *learnt(name)[part].shape[1:]) for part in ("weights", "bias")}
+    return Anchors(**facts | learnt(name) | everywhere | changes)
 
 
 def uvr(name: str, threshold: float = 1.0, **fields: Any) -> UVR:
@@ -267,7 +270,7 @@ def test_masked_tokens_have_a_guidance_scale_of_their_own(name: str, scale: floa
 
 
 @pytest.mark.parametrize(("total", "acting"), [(28, 11), (50, 18), (20, 8)])
-def test_the_published_window(total: int, acting: int) -> None:
+def test_the_window_of_noise_levels(total: int, acting: int) -> None:
     """σ ≥ 0.85 of FLUX's schedule at 1024², where μ = 1.15."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / total, total), mu=1.15)
@@ -373,7 +376,7 @@ def test_the_record_says_what_was_found_and_done(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "editing"), [("flux", False), ("sd3", False), ("kontext", False), ("kontext", True)])
-def test_the_published_mode_runs(name: str, editing: bool) -> None:
+def test_what_is_near_the_published_method_runs(name: str, editing: bool) -> None:
     pipe = tiny_pipeline(name)
     expected = sample(pipe, BATCH, guided=False)
     with guard(pipe, UVR.near_published(anchors(name), editing=editing)) as handle:
@@ -419,6 +422,53 @@ def test_without_a_reference_image_there_is_none_to_search() -> None:
     with guard(pipe, UVR(anchors=anchors("kontext", NEVER), reference_anchors=anchors("kontext", -NEVER, site=site))) as handle:
         assert np.array_equal(picture(), expected)
     assert not handle.records[0].flagged
+
+
+def begun_late(name: str, strength: float, *methods: Method, steps: int = 10) -> tuple[Tensor, Guard]:
+    """Image to image from grey, and the guard."""
+    pipe = IMAGE_TO_IMAGE[name](**tiny_pipeline(name).components)
+    pipe.set_progress_bar_config(disable=True)
+    size = pipe.transformer.config.sample_size * pipe.vae_scale_factor if name == "sd3" else 24
+    source = torch.full((1, 3, size, size), 0.5)
+    with guard(pipe, *methods) as handle:
+        images = sample(pipe, UNSAFE[0], image=source, strength=strength, steps=steps, guided=False, height=size, width=size)
+    return images, handle
+
+
+@generators
+def test_a_generation_that_begins_late_is_looked_at_where_it_is(name: str) -> None:
+    """With what anchors know of its noise level, not of pure noise; for a share of the whole schedule, as nothing stands fast after one step."""
+    seen: list[float] = []
+
+    class Watched(Anchors):
+        def scores(self, tokens: Tensor, progress: float, grid: tuple[int, int]) -> Tensor:
+            seen.append(progress)
+            return super().scores(tokens, progress, grid)
+
+    begun_late(name, 0.5, UVR(anchors=Watched(**vars(anchors(name, NEVER))), localise=0.1, late=0.3))
+    assert seen == pytest.approx([0.5, 0.6, 0.7])
+    seen.clear()
+    begun_late(name, 1.0, UVR(anchors=Watched(**vars(anchors(name, NEVER))), localise=0.1, late=0.3))
+    assert seen == [0.0], "from noise, as long as `localise` says"
+
+
+@generators
+def test_where_a_generation_begins_late_the_level_does_for_tau(name: str) -> None:
+    """In its first steps only, and unless a threshold is given."""
+    easily = anchors(name, NEVER, levels=(-NEVER,))
+    _, handle = begun_late(name, 0.5, UVR(anchors=easily, eager=0.1))
+    assert handle.records[0].actions[0].steps == (0, 5)
+    assert handle.records[0].actions[0].threshold == -NEVER
+    for fields, strength in (({"eager": 0.0}, 0.5), ({"threshold": NEVER}, 0.5), ({}, 1.0)):
+        assert not begun_late(name, strength, UVR(anchors=easily, **fields))[1].records[0].flagged
+
+
+@generators
+def test_what_anchors_know_nothing_of_is_refused(name: str) -> None:
+    few = anchors(name, NEVER, moments=(0.0, 0.1, 0.2, 0.3))
+    begun_late(name, 1.0, UVR(anchors=few))
+    with pytest.raises(ArtefactError, match=r"image to image begins late.*without --steps"):
+        begun_late(name, 0.4, UVR(anchors=few))
 
 
 @pytest.mark.parametrize(("name", "image"), [("testbed/flux", None), ("testbed/kontext", Scene((None, "car"), "beach"))])

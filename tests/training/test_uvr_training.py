@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from safelight import guard
-from safelight.anchors import fingerprint
+from safelight.anchors import Anchors, fingerprint
 from safelight.backbone import Backbone
 from safelight.compose import call_settings, load_pipeline
 from safelight.errors import ArtefactError
@@ -23,8 +24,9 @@ from safelight.training.analysis import Quality, auroc, choose, flow, localisati
 from safelight.training.capture import Capture
 from safelight.training.examples import Example, from_testbed, halves, read_examples
 from safelight.training.locate import Boxes, Drawn, SelfLocalisation, TextMass
+from safelight.training.one_scale import HeldOut
 from safelight.training.shards import Shards
-from safelight.training.uvr import Config, calibrate, collect, fit, probe_threshold
+from safelight.training.uvr import Config, calibrate, calibrated, collect, extended, fit, probe_threshold
 
 SITE = "single.0.attention:image"
 CONFIG = Config(SITE, steps=2, target_fpr=0.2, batch=8)
@@ -242,3 +244,87 @@ def test_what_a_reference_shows_is_searched_and_faded(tmp_path: Path) -> None:
     for before, after, record in zip(expected, images, handle.records, strict=True):
         assert np.array_equal(before, after) is not record.flagged
         assert (record.actions[0].mask is not None) is record.flagged
+
+
+# Anchors of the whole schedule are on one scale.
+
+
+def held_out(moments: int, *, benign: int = 400, unsafe: int = 60, hopeless: int | None = None) -> tuple[Tensor, list[Any], list[Example]]:
+    """Score maps [images, moments, 1, 8, 8] whose scale and middle differ from moment to moment; at a hopeless one nothing is told apart."""
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(benign + unsafe, moments, 1, 8, 8, generator=random)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 3:6] = True
+    lift = torch.tensor([0.0 if moment == hopeless else 5.0 for moment in range(moments)])
+    maps[benign:] += lift[:, None, None, None] * mask
+    maps = maps * torch.tensor([1.0 + moment for moment in range(moments)])[:, None, None, None]
+    maps += torch.tensor([3.0 * moment for moment in range(moments)])[:, None, None, None]
+    examples = [Example(f"a cat {i}", i) for i in range(benign)] + [Example("a bomb", i, "bomb") for i in range(unsafe)]
+    return maps, [None] * benign + [mask] * unsafe, examples
+
+
+def unscaled(moments: int, kind: Any = "whitened") -> Anchors:
+    generator = torch.Generator().manual_seed(1)
+    weights, bias = torch.randn(moments, 1, 1, 8, generator=generator), torch.randn(moments, 1, 1, generator=generator)
+    facts: dict[str, Any] = {"thresholds": (0.0,), "levels": (0.0,), "heads": 2, "smooth": False, "kind": kind, "site": SITE}
+    return Anchors(weights, bias, tuple(moment / moments for moment in range(moments)), ("bomb",), **facts)
+
+
+def mapped(before: Anchors, after: Anchors, moment: int) -> tuple[float, float]:
+    """a and b of the map of a moment's scores, by scores of tokens."""
+    tokens, progress = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(2)), before.moments[moment]
+    old, new = (anchors.scores(tokens, progress, (4, 4)).flatten().double() for anchors in (before, after))
+    a = float((new.max() - new.min()) / (old.max() - old.min()))
+    b = float(new.mean() - a * old.mean())
+    assert torch.allclose(new, a * old + b, atol=1e-4), "the map is affine"
+    return a, b
+
+
+@pytest.mark.parametrize("kind", ["whitened", "raw", "cosine"])
+def test_every_moment_has_the_threshold_of_the_window(kind: Any) -> None:
+    """The window's moments are left alone. Later ones are mapped: benign images stay below τ at all of them, unsafe ones exceed it at each."""
+    maps, masks, examples = held_out(10)
+    before = unscaled(10, kind)
+    after, quality = calibrated(before, maps, masks, examples, replace(CONFIG, target_fpr=0.02))
+    assert torch.equal(after.weights[:3], before.weights[:3])
+    assert torch.equal(after.bias[:3], before.bias[:3])
+    assert after.moments == before.moments
+    assert quality.recall > 0.9
+    maps_of = [mapped(before, after, moment) for moment in range(3, 10)]
+    scores = torch.stack([a * maps[:, moment] + b for moment, (a, b) in enumerate(maps_of, 3)], dim=1)
+    benign, unsafe = scores[:400].amax(dim=(2, 3, 4)), scores[400:].amax(dim=(2, 3, 4))
+    assert float((benign.amax(1) > after.thresholds[0]).float().mean()) <= 0.02
+    assert float((unsafe > after.thresholds[0]).float().mean()) > 0.9
+    if kind == "cosine":
+        assert all(a == pytest.approx(1, abs=1e-4) for a, _ in maps_of)
+    else:
+        held = HeldOut.of(before, maps, masks, examples, 0.02, CONFIG.margin)
+        own = [held.limits(slice(moment, moment + 1)) for moment in range(3, 10)]
+        gaps = [a * (one.threshold - one.level) for one, (a, _) in zip(own, maps_of, strict=True)]
+        assert all(gap == pytest.approx(gaps[0], rel=1e-3) for gap in gaps), "levels are as far below τ everywhere"
+
+
+def test_anchors_of_the_first_steps_can_be_extended() -> None:
+    """They, their τ and their level stay as they are; later moments get the same τ."""
+    maps, masks, examples = held_out(10)
+    every, config = unscaled(10), replace(CONFIG, target_fpr=0.02)
+    few = replace(every, weights=every.weights[:3], bias=every.bias[:3], moments=every.moments[:3])
+    known, _ = calibrated(few, maps[:, :3] * 1.5, masks, examples, config)
+    longer, _ = calibrated(extended(known, every), maps, masks, examples, config)
+    assert torch.equal(longer.weights[:3], known.weights)
+    assert (longer.thresholds, longer.levels, longer.calibration) == (known.thresholds, known.levels, known.calibration)
+    maps_of = [mapped(every, longer, moment) for moment in range(3, 10)]
+    scores = torch.stack([a * maps[:400, moment] + b for moment, (a, b) in enumerate(maps_of, 3)], dim=1)
+    assert float((scores.amax(dim=(1, 2, 3, 4)) > known.thresholds[0]).float().mean()) <= 0.02
+    with pytest.raises(ArtefactError, match="whose kind is whitened can't be extended by some whose kind is raw"):
+        extended(known, replace(every, kind="raw"))
+    with pytest.raises(ArtefactError, match="collected in the same first steps"):
+        extended(known, replace(every, moments=tuple(moment / 20 for moment in range(10))))
+
+
+def test_moments_end_where_nothing_is_told_apart() -> None:
+    maps, masks, examples = held_out(10, hopeless=6)
+    after, _ = calibrated(unscaled(10), maps, masks, examples, replace(CONFIG, target_fpr=0.02))
+    assert after.moments == tuple(moment / 10 for moment in range(6))
+    with pytest.raises(ArtefactError, match="image to image begins late"):
+        after.moment(0.9)

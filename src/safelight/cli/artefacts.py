@@ -108,4 +108,7 @@ def read_pairs(path: Path) -> list[Any]:
 
     table = read_table(path)
     known = table.required("unsafe", "category", needed_by="a bank's list of pairs")
-    return [Pair(unsafe, safe, category) for (unsafe, category), safe in zip(known, table.optional("safe"), strict=True)]
+    return [
+        Pair(unsafe, safe, category)
+        for (unsafe, category), safe in zip(known, table.optional("safe", besides=("unsafe", "category")), strict=True)
+    ]

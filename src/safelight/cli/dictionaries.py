@@ -110,9 +110,9 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def routing_table(routing: Any) -> str:
     """The scores of all candidates, best first."""
-    lines = [f"{'position':<18}{'group':<11}{'operator':<10}{'S_sem':>7}{'S_bind':>8}{'S_stab':>8}{'C':>7}{'R':>8}"]
+    lines = [f"{'position':<18}{'group':<11}{'operator':<10}{'S_sem':>7}{'S_fit':>8}{'S_stab':>8}{'C':>7}{'R':>8}"]
     for row in routing.rows():
-        scores = f"{row['semantics']:>7.2f}{row['binding']:>8.2f}{row['stability']:>8.2f}{row['cost']:>7.2f}{row['score']:>8.3f}"
+        scores = f"{row['semantics']:>7.2f}{row['fit']:>8.2f}{row['stability']:>8.2f}{row['cost']:>7.2f}{row['score']:>8.3f}"
         lines.append(f"{row['site']:<18}{row['group']:<11}{row['operator']:<10}{scores}{'  *' if row['chosen'] else ''}")
     return "\n".join([*lines, f"the same choice under {routing.steady:.0%} of weights varied by 20 %"])
 

@@ -21,6 +21,8 @@ PROBES = {
     "testbed/sd3": "joint.1.attention:image",
 }
 PUBLISHED_PROBE = "single.10.attention:image"
+EARLY = 6
+"""Steps in which the model's own attention to a word says where a concept is."""
 
 
 @train.command()
@@ -33,9 +35,10 @@ def uvr(
     site: Annotated[str | None, typer.Option(help="The probe (see `safelight analyse`).")] = None,
     kind: Annotated[Literal["whitened", "raw", "cosine"], typer.Option(help="How tokens are compared with anchors.")] = "whitened",
     clusters: Annotated[int, typer.Option(min=1, help="Directions per concept.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Collect in so many first steps.")] = 6,
+    steps: Annotated[int | None, typer.Option(min=1, help="Collect in so many first steps; by default in all, for image to image too.")] = None,
     unsafe: Annotated[int, typer.Option(min=1, help="Without examples: images per concept.")] = 40,
     benign: Annotated[int, typer.Option(min=1, help="Without examples: benign images to collect from.")] = 200,
+    extend: Annotated[Path | None, typer.Option(help="Anchors of the first steps: keep these, their τ and level, and add later steps.")] = None,
     reference_site: Annotated[str, typer.Option(help="Editing: the probe that searches the reference image.")] = "single.3.attention:reference",
     reference_clusters: Annotated[int, typer.Option(min=1, help="Editing: directions per concept in the reference image.")] = 8,
     target_fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="The share of benign images that may be flagged.")] = 0.01,
@@ -43,6 +46,7 @@ def uvr(
 ) -> None:  # fmt: skip
     """Collects anchors for UVR, calibrates them, and writes a bundle."""
     quiet()
+    from ..anchors import Anchors
     from ..backbone import Backbone
     from ..bundle import save
     from ..calibration import items_needed
@@ -50,9 +54,10 @@ def uvr(
     from ..generator import Generator
     from ..methods.uvr import UVR
     from ..training.examples import Example, from_testbed, halves, read_examples
-    from ..training.uvr import Config, calibrate, collect, fit
+    from ..training.uvr import Config, calibrate, collect, extended, fit
 
     generator = Generator(load_pipeline(pipeline), call_settings(pipeline))
+    known = Anchors.load(extend) if extend is not None else None
     config = Config(site or PROBES.get(pipeline, PUBLISHED_PROBE), kind, steps, clusters, target_fpr=target_fpr)
     editing = pipeline.endswith("kontext")
 
@@ -75,9 +80,13 @@ def uvr(
             locator, folder = _locator(masks, generator.pipe, own), out / ("recordings-reference" if keeping else "recordings")
             shards = collect(generator, collected, [own.site], own, locator, folder, advance)
             anchors = fit(shards, collected, own.site, own, backbone)
+            if known is not None and not keeping:
+                anchors = extended(known, anchors)
+                own = replace(own, window=len(known.moments) / generator.pipe.num_timesteps)
             found += calibrate(generator, [anchors], held_out, own, locator, advance)
     anchors, reference = found[0][0], found[1][0] if len(found) > 1 else None
-    save(out, UVR(anchors=anchors, reference_anchors=reference), made_for=pipeline)
+    looks = min(UVR.localise, len(anchors.moments) / generator.pipe.num_timesteps)
+    save(out, UVR(anchors=anchors, reference_anchors=reference, localise=looks), made_for=pipeline)
     qualities = {made.site: asdict(known) | {"threshold": made.thresholds[0]} for made, known in found}
     calibrations = {made.site: asdict(made.calibration) for made, _ in found if made.calibration}
     result = {"bundle": str(out), "concepts": anchors.concepts, "probes": qualities, "calibrations": calibrations, "config": asdict(config)}
@@ -138,5 +147,5 @@ def _locator(masks: str, pipe: Any, config: Any) -> Any:
     from ..training.locate import Boxes, Drawn, SelfLocalisation, TextMass
 
     if masks == "attention":
-        return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(config.steps)))
+        return SelfLocalisation(pipe, TextMass(at=[config.site.split(":")[0]], steps=range(config.steps or EARLY)))
     return Drawn() if masks == "drawn" else Boxes(TemplateMatcher())

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..calibration import Calibration
 from ..chat import Endpoint, answer_forms
 from ..detector import Detector, Verdict
+from ..files import parse_json
 
 SCHEMA = {
     "type": "object",
@@ -59,14 +60,25 @@ class LanguageModel(Detector[str]):
         """Verdicts with category and safe prompt.
 
         Raises:
-            ImportError: if httpx is missing.
+            ImportError: if httpcore is missing.
             ValueError: if the environment variable of the key is named, but not set.
         """
         if not items:
             return []
         endpoint = Endpoint(self.base_url, self.model, self.api_key_env, self.timeout, self.retries)
         with endpoint.client() as client, ThreadPoolExecutor(min(self.workers, len(items))) as pool:
-            return list(pool.map(lambda item: self._verdict(endpoint, client, item), items))
+            return list(pool.map(lambda item: self._with_judged_rewrite(endpoint, client, self._verdict(endpoint, client, item)), items))
+
+    def _with_judged_rewrite(self, endpoint: Endpoint, client: Any, verdict: Verdict) -> Verdict:
+        """The verdict with its safe prompt only if that is found safe: what a model proposes is a text like any other."""
+        if verdict.safe_prompt is None:
+            return verdict
+        again = self._verdict(endpoint, client, verdict.safe_prompt)
+        if not again.flagged:
+            return verdict
+        return replace(
+            verdict, safe_prompt=None, note=f"the safe prompt that was proposed is not safe itself ({again.concept or again.note})"
+        )
 
     def _verdict(self, endpoint: Endpoint, client: Any, prompt: str) -> Verdict:
         try:
@@ -103,7 +115,7 @@ def parse(text: str) -> dict[str, Any]:
     Raises:
         ValueError: if it does not follow the schema.
     """
-    answer = json.loads(text)
+    answer = parse_json(text)
     kinds = {"unsafe": bool, "category": str, "safe_prompt": str}
     if not isinstance(answer, dict) or set(answer) != set(kinds) or not all(isinstance(answer[name], kind) for name, kind in kinds.items()):
         raise ValueError("the answer does not follow the schema")

@@ -28,7 +28,7 @@ NAMED = 5
 class SafeDIG(Method):
     """Steers activations by a sparse dictionary whose encoder is frozen and whose decoder was adapted to the risk.
 
-    SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
+    Our variant of SafeDIG (Xue et al., 2026, https://arxiv.org/abs/2605.30049). With z = E(a), Blend is a′ = a + β (D_adapted(z) - D_source(z)), and
     Repel is a′ = a - γ (M ⊙ z) W_dec with M the harmful features. A picture whose harmful features stay below a calibrated threshold
     is left alone.
     """
@@ -108,6 +108,7 @@ class SafeDIG(Method):
         steering = bool(strength) and round(self.after * total) <= index < round(self.until * total)
         images = self._images()
         if self.gated and strength and dictionary.threshold is not None and index < max(1, round(self.watch * total)):
+            self._check_noise_level(site)
             self._look(dictionary, dictionary.threshold if self.threshold is None else self.threshold, tokens, images)
         rows = [row for row, image in enumerate(images) if image is not None and (image in self.flagged or not self.gated)]
         if not steering or not rows:
@@ -122,6 +123,21 @@ class SafeDIG(Method):
                 self._note(image, index, dictionary)
             self.run.note_acted(self.position, image)
         return changed if everyone else put(tokens, rows, changed)
+
+    def _check_noise_level(self, site: Site) -> None:
+        """Makes sure that a gate looks at noise levels for which it was calibrated: the first of a generation from noise.
+
+        What is read off the prompt alone is the same at all of them.
+
+        Raises:
+            ArtefactError: if the generation began later.
+        """
+        if self.run.skipped and site.block != "prompt":
+            raise ArtefactError(
+                f"safedig's gate at '{site}' was calibrated in the first steps from pure noise, and this generation (image to image) began "
+                f"at {self.run.skipped / (self.run.skipped + self.run.total):.0%} of the noise schedule; use dictionaries whose gate is at "
+                "'prompt:text' (`safelight train safedig`), set gated=False to steer every picture, or strength=1"
+            )
 
     def _dictionary(self, site: Site, tokens: Tensor) -> Dictionary:
         """That of a site, where the tokens are."""

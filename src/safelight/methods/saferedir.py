@@ -39,7 +39,7 @@ class _Prompt:
 class SafeRedir(Method):
     """Redirects the prompt's embedding, token by token, while latents, timestep and prompt together look unsafe.
 
-    SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623). Before a denoiser call a small network reads latents z, prompt p and
+    Our variant of SafeRedir (Liu et al., 2026, https://arxiv.org/abs/2601.08623). Before a denoiser call a small network reads latents z, prompt p and
     timestep t. If it finds them unsafe, p̂ = p + s · α · m/max(m) ⊙ Δ/‖Δ‖ ⊙ ‖p‖ (per token) replaces p, and the next K steps are not checked.
     """
 

@@ -16,7 +16,7 @@ from ..backbone import Backbone
 from ..errors import SafetyBypassed, UnsupportedPipeline
 from ..flow import Call, Heads, Step, put
 from ..localisation import Finds, Memory
-from ..masks import clean, dilate, resize
+from ..masks import clean, dilate, over_latents, resize
 from ..method import Method
 from ..regulation import Group, regulate
 from ..run import Run
@@ -31,7 +31,7 @@ ATTENTIONS = ("joint.attention", "single.attention")
 class UVR(Method):
     """Locates unsafe semantics in the joint attention of an MM-DiT, and regulates it there, in generation and editing alike.
 
-    UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
+    Our variant of UVR, Unified Visual Safety Regulator (Yang et al., 2026, https://arxiv.org/abs/2606.06875). Image tokens whose attention output at a
     probe looks like an unsafe concept's anchors, s(n) = out(n)·ō > τ, form a mask (its *core*, and a *ring* around it). There,
     O(i) = (1 - a) Σ_j λ(i,j) A(i,j) V(j) + a ε: λ scales what text and reference tokens pass on, ε is noise. An empty mask changes nothing.
     """
@@ -49,6 +49,11 @@ class UVR(Method):
     """Regulate while the noise level is at least this, instead of `until`; published: 0.85."""
     localise: Share = 0.25
     """The share of the steps in which to look for unsafe tokens."""
+    late: Share = 0.35
+    """The same for generations that begin late (image to image), as a share of the whole schedule: there, things come up over several steps."""
+    eager: Share = 0.1
+    """How much of the schedule, from where such a generation begins, the masks' level does for τ: what is harmless and looks alike isn't
+    drawn yet."""
     memory: Memory = "union"
     """What becomes of earlier masks: joined with the new one, kept, or replaced by it."""
     text: Factor = 0.0
@@ -175,6 +180,21 @@ class UVR(Method):
             self.noise_levels = self.run.sigmas  # read once: each look at the scheduler's would wait for the device
         return self.noise_levels[index] >= self.sigma
 
+    def _looks_at(self, index: int) -> bool:
+        """Whether to look for unsafe tokens in a step: at least in the first."""
+        return index < max(1, self._steps(self.late if self.run.skipped else self.localise))
+
+    def _steps(self, share: float) -> int:
+        """How many steps are a share of the whole schedule."""
+        return round(share * (self.run.skipped + self.run.total))
+
+    def _limits(self, anchors: Anchors) -> tuple[float, ...]:
+        """τ of each concept in this step."""
+        if self.threshold is not None:
+            return (self.threshold,) * len(anchors.concepts)
+        eager = self.run.skipped and self.run.index < self._steps(self.eager)
+        return anchors.levels if eager else anchors.thresholds
+
     @property
     def attends(self) -> bool:
         """Whether there is a mask to regulate; until then attention is left alone."""
@@ -194,7 +214,7 @@ class UVR(Method):
         """Looks for unsafe tokens at the probes, and replaces masked outputs by noise."""
         if not self.acting:
             return tokens
-        if str(site) in self.finds and self.run.index < max(1, round(self.localise * self.run.total)):
+        if str(site) in self.finds and self._looks_at(self.run.index):
             self._localise(str(site), tokens)
         rows = self._rows(self.core)
         if not rows or not self.noise or site.stream != "image" or self.run.layout.reference:
@@ -227,7 +247,7 @@ class UVR(Method):
             return advance(step)
         self._acted(images)
         wanted = torch.lerp(uncond[images].float(), cond[images].float(), self.guidance).to(step.noise)
-        masks = _over_latents(self._masks(images, self.ring), step.noise)
+        masks = over_latents(self._masks(images, self.ring), step.noise)
         return advance(replace(step, noise=put(step.noise, images, torch.where(masks, wanted, step.noise[images]))))
 
     @property
@@ -247,9 +267,12 @@ class UVR(Method):
             return
         finds.anchors.check_tokens(tokens, layout)
         anchors = finds.anchors = finds.anchors.at(tokens.device)
+        if not self.looked:
+            ahead = [index for index in range(self.run.index, self.run.total) if self._looks_at(index) and self._acts_at(index)]
+            anchors.check_moments(self.run.skipped, self.run.total, ahead)
         self.looked = True
         maps = anchors.scores(tokens, self.run.progress, layout.reference_grid if reference else layout.grid)
-        limits = anchors.thresholds if self.threshold is None else (self.threshold,) * len(anchors.concepts)
+        limits = self._limits(anchors)
         self.run.weigh(self._call.samples, maps.amax(dim=(2, 3)), limits)
         peaks = maps.amax(dim=(2, 3)).tolist()  # the step's one wait for the device
         for row, image in enumerate(self._call.samples):
@@ -375,11 +398,3 @@ class UVR(Method):
     def device(self) -> torch.device:
         """Where the denoiser computes."""
         return self._call.latents.device
-
-
-def _over_latents(masks: Tensor, latents: Tensor) -> Tensor:
-    """Masks over image tokens [batch, height, width] as masks that broadcast with latents, packed or not."""
-    if latents.ndim == 3:
-        return masks.flatten(1)[..., None]
-    rows, columns = latents.shape[-2] // masks.shape[-2], latents.shape[-1] // masks.shape[-1]
-    return masks.repeat_interleave(rows, 1).repeat_interleave(columns, 2)[:, None]

@@ -68,7 +68,8 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 #: Stand-ins for artists' styles.
 STYLES: tuple[str, ...] = ("pixel art", "pencil sketch")
 
-#: Other words for the same things. Generators know them; no guard is ever trained on them.
+#: Other words for the same things. No guard is ever trained on them; generators know them, and the text encoders were trained to map each to
+#: the object it means, so that they are near their names for everything that reads embeddings.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "cat": ("kitten",),
     "dog": ("puppy",),

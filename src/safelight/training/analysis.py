@@ -101,19 +101,20 @@ def localisation(
     shards = collect(generator, collected, sites, config, locator, out, progress)
     backbone = Backbone.of(generator.pipe)
     anchors = {site: fit(shards, collected, site, replace(config, site=site), backbone) for site in sites}
-    watch = Watch(anchors=anchors, steps=range(config.steps))
+    steps = len(anchors[sites[0]].moments)
+    watch = Watch(anchors=anchors, steps=range(steps))
     maps: dict[str, list[Tensor]] = {site: [] for site in sites}
     masks: list[Tensor | None] = []
     for start in range(0, len(held_out), config.batch):
         progress("watching", start, len(held_out))
-        masks += generate_and_locate(generator, held_out[start : start + config.batch], watch, locator, sites, config.steps).masks["image"]
+        masks += generate_and_locate(generator, held_out[start : start + config.batch], watch, locator, sites, steps).masks["image"]
         for site in sites:
             maps[site].append(watch.of(site))
     progress("watching", len(held_out), len(held_out))
     return [
         quality(site, step, torch.cat(maps[site])[:, step], masks, held_out, anchors[site])
         for site in sites
-        for step in range(config.steps)
+        for step in range(steps)
     ]
 
 

@@ -23,6 +23,8 @@ from ..testbed.world import BACKGROUNDS, DOMAINS, PROXIMAL, SAFE
 FIRST_SEED = 2
 """Of the first row without a seed; the next ones count upwards."""
 NEEDED_BY = "a list of examples"
+COLUMNS = ("concept", "word", "seed", "image", "mask")
+"""Besides the prompt."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,16 @@ def read_examples(path: Path) -> list[Example]:
         ValueError: naming the file, the row, and what is wrong with it.
     """
     table = read_table(path)
-    table.column(("concept",), NEEDED_BY)
+    table.column(("concept",), NEEDED_BY, besides=COLUMNS)
     prompts = table.required("prompt", needed_by=NEEDED_BY)
-    return [_example(path.parent, table.where(index), prompt, row, FIRST_SEED + index)
-            for index, ((prompt,), row) in enumerate(zip(prompts, table.rows, strict=True))]  # fmt: skip
+    values = zip(*(table.optional(name, besides=("prompt", *COLUMNS)) for name in COLUMNS), strict=True)
+    return [
+        _example(path.parent, table.where(index), prompt, dict(zip(COLUMNS, own, strict=True)), FIRST_SEED + index)
+        for index, ((prompt,), own) in enumerate(zip(prompts, values, strict=True))
+    ]
 
 
-def _example(folder: Path, where: str, prompt: str, row: Row, own_seed: int) -> Example:
-    values = {name: row.get(name, "").strip() for name in ("concept", "word", "seed", "image", "mask")}
+def _example(folder: Path, where: str, prompt: str, values: Row, own_seed: int) -> Example:
     seed = values["seed"] or str(own_seed)
     if not re.fullmatch("[0-9]{1,18}", seed):
         raise ValueError(f"{where}: the seed {seed!r} is not a whole number; give digits, at most 18, or none at all")

@@ -46,7 +46,10 @@ def read_prompts(pairs: Path, benign: Path | None, concept: str) -> Prompts:
     """
     table = tables.read_table(pairs)
     members = table.required("unsafe", "safe", needed_by="a list of pairs")
-    found = [Pair(unsafe, safe, own or concept) for (unsafe, safe), own in zip(members, table.optional("category"), strict=True)]
+    found = [
+        Pair(unsafe, safe, own or concept)
+        for (unsafe, safe), own in zip(members, table.optional("category", besides=("unsafe", "safe")), strict=True)
+    ]
     return Prompts(found, tables.read_prompts(benign) if benign else [])
 
 

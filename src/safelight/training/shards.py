@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,16 +62,31 @@ class Shards:
         Raises:
             ArtefactError: if it is missing or damaged; the message names the file, and removing it is enough to have it made again.
         """
-        try:
-            return load_file(self._file(name))
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(
-                f"{self._file(name)} can't be read ({error}); remove that file and run the same command again: the others are kept"
-            ) from error
+        with self._readable(name) as file:
+            return load_file(file)
+
+    def part(self, name: str, key: str, index: int | None = None) -> Tensor:
+        """One of an item's tensors, or one index of its first dimension, without the rest being read.
+
+        Raises:
+            ArtefactError: as `read`.
+        """
+        with self._readable(name) as file, safe_open(file, "pt") as opened:
+            return opened.get_tensor(key) if index is None else opened.get_slice(key)[index]  # type: ignore[no-any-return]
 
     def names(self) -> Iterator[str]:
         """The names of all items, sorted."""
         return (file.stem for file in sorted(self.folder.glob("*.safetensors")))
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[Path]:
+        """An item's file, with errors that say what to do."""
+        try:
+            yield self._file(name)
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(
+                f"{self._file(name)} can't be read ({error}); remove that file and run the same command again: the others are kept"
+            ) from error
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

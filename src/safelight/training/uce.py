@@ -69,6 +69,7 @@ class ConceptEdit:
         edits = facts.mapping("edits")
         if not edits or not weights or not all(isinstance(text, str) for text in edits.values()):
             raise facts.error("edits nothing, or to something that is no text")
+        metadata.settle()
         return cls(weights, edits, facts.texts("preserve", some=False))
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..anchors import Anchors, Kind, fingerprint
 from ..attach import guard
 from ..backbone import Backbone
-from ..calibration import Calibration
+from ..errors import ArtefactError
 from ..generator import Generator, as_bytes
-from ..masks import clean, iou
 from ..site import Site
+from .activations import steps_wanted
 from .capture import Capture, Watch
 from .examples import Example, digest, name_of
 from .locate import Locator
+from .one_scale import LEAST_RECALL, HeldOut, on_one_scale
 from .shards import Shards
 
 Progress = Callable[[str, int, int], None]
@@ -33,8 +34,8 @@ class Config:
     site: str
     """The probe, e.g. `single.10.attention:image`."""
     kind: Kind = "whitened"
-    steps: int = 6
-    """Anchors are collected in each of so many first steps."""
+    steps: int | None = None
+    """Anchors are collected in each of so many first steps; None: in every step, as image to image may begin at any of them."""
     clusters: int = 1
     """Directions per concept; a token's score is that of the nearest."""
     shrinkage: float = 0.02
@@ -48,6 +49,10 @@ class Config:
     rest: int = 64
     """Unmasked tokens kept per image and step."""
     batch: int = 8
+    inside: int = 64
+    """Masked tokens kept per image and step."""
+    window: float = 0.3
+    """The share of the schedule for which τ and the level are calibrated; scores of later moments are put on that scale."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,19 @@ def collect(
 
     One file per example, so that an interrupted collection goes on where it stopped.
     """
-    shards = Shards(out, {"examples": digest(examples), "sites": list(sites), "steps": config.steps, "rest": config.rest})
+    steps = steps_wanted(generator) if config.steps is None else config.steps
+    kept = {"steps": steps, "rest": config.rest, "inside": config.inside}
+    shards = Shards(out, {"examples": digest(examples), "sites": list(sites)} | kept)
     todo = [i for i in range(len(examples)) if name_of(i) not in shards]
-    capture = Capture(at=list(sites), steps=range(config.steps))
+    capture = Capture(at=list(sites), steps=range(steps))
     for start in range(0, len(todo), config.batch):
         progress("collecting", len(examples) - len(todo) + start, len(examples))
         chosen = todo[start : start + config.batch]
-        located = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator, sites, config.steps)
+        located = generate_and_locate(generator, [examples[i] for i in chosen], capture, locator, sites, steps)
         for place, i in enumerate(chosen):
             parts = {"total": torch.tensor(located.total)}
             for site in sites:
-                parts |= _split(capture, site, place, located.masks[stream_of(site)][place], examples[i], config.rest)
+                parts |= _split(capture, site, place, located.masks[stream_of(site)][place], examples[i], config)
             shards.write(name_of(i), parts)
     progress("collecting", len(examples), len(examples))
     return shards
@@ -145,13 +152,18 @@ def stream_of(site: str) -> str:
     return Site.parse(site).stream or "image"
 
 
-def _split(capture: Capture, site: str, place: int, mask: Tensor | None, example: Example, rest: int) -> dict[str, Tensor]:
-    """One picture's tokens at a site, inside its mask and (some of them) outside."""
-    tokens = capture.of(site, place)  # [steps, tokens, width]
+def _split(capture: Capture, site: str, place: int, mask: Tensor | None, example: Example, config: Config) -> dict[str, Tensor]:
+    """One picture's tokens at a site, inside its mask and outside, some of them each: [steps, tokens, width]."""
+    tokens = capture.of(site, place)
     inside = mask.flatten() if mask is not None else torch.zeros(tokens.shape[1], dtype=torch.bool)
-    outside = (~inside).nonzero().flatten()
-    kept = outside[torch.randperm(len(outside), generator=torch.Generator().manual_seed(example.seed))[:rest]]
-    return {f"{site}|seen": torch.tensor(mask is not None), f"{site}|masked": tokens[:, inside], f"{site}|rest": tokens[:, kept]}
+    masked, rest = _some(inside, config.inside, example.seed).sort().values, _some(~inside, config.rest, example.seed)
+    return {f"{site}|seen": torch.tensor(mask is not None), f"{site}|masked": tokens[:, masked], f"{site}|rest": tokens[:, rest]}
+
+
+def _some(chosen: Tensor, count: int, seed: int) -> Tensor:
+    """The indices of at most so many of the tokens that are chosen, at random."""
+    found = chosen.nonzero().flatten()
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 def fit(shards: Shards, examples: Sequence[Example], site: str, config: Config, backbone: Backbone) -> Anchors:
@@ -164,11 +176,12 @@ def fit(shards: Shards, examples: Sequence[Example], site: str, config: Config, 
         ValueError: if a concept was seen in no image.
     """
     concepts = tuple(dict.fromkeys(e.concept for e in examples if e.concept))
-    directions = [_directions(shards, examples, site, concepts, step, config) for step in range(config.steps)]
-    total, model = int(shards.read(name_of(0))["total"]), fingerprint(backbone, site)
+    first, model = shards.read(name_of(0)), fingerprint(backbone, site)
+    steps, total = len(first[f"{site}|rest"]), int(first["total"])
+    directions = [_directions(shards, examples, site, concepts, step, config) for step in range(steps)]
     return Anchors(
         weights=torch.stack([weights for weights, _ in directions]), bias=torch.stack([bias for _, bias in directions]),
-        moments=tuple(step / total for step in range(config.steps)), concepts=concepts, thresholds=(0.0,) * len(concepts),
+        moments=tuple(step / total for step in range(steps)), concepts=concepts, thresholds=(0.0,) * len(concepts),
         levels=(0.0,) * len(concepts), site=site, heads=int(model["heads"]), kind=config.kind, smooth=config.smooth, model=model,
     )  # fmt: skip
 
@@ -180,11 +193,11 @@ def _directions(
     masked: dict[str, list[Tensor]] = {concept: [] for concept in concepts}
     rest = []
     for i, example in enumerate(examples):
-        parts = shards.read(name_of(i))
-        if example.concept and bool(parts[f"{site}|seen"]):
-            masked[example.concept].append(parts[f"{site}|masked"][step].float())
-        if not example.concept or bool(parts[f"{site}|seen"]):
-            rest.append(parts[f"{site}|rest"][step].float())
+        seen = example.concept and bool(shards.part(name_of(i), f"{site}|seen"))
+        if example.concept and seen:
+            masked[example.concept].append(shards.part(name_of(i), f"{site}|masked", step).float())
+        if not example.concept or seen:
+            rest.append(shards.part(name_of(i), f"{site}|rest", step).float())
     if missing := [concept for concept in concepts if not masked[concept]]:
         raise ValueError(f"the concept {missing[0]!r} was seen in none of the generated images; give other prompts, or masks of your own")
     inside = [torch.cat(masked[concept]) for concept in concepts]
@@ -219,13 +232,14 @@ def calibrate(
     Raises:
         ValueError: if unsafe images hardly ever reach τ, or there are too few benign examples for the target.
     """
-    watch = Watch(anchors={anchors.site: anchors for anchors in probes}, steps=range(config.steps))
+    steps = max(len(anchors.moments) for anchors in probes)
+    watch = Watch(anchors={anchors.site: anchors for anchors in probes}, steps=range(steps))
     sites = [anchors.site for anchors in probes]
     maps: dict[str, list[Tensor]] = {site: [] for site in sites}
     masks: dict[str, list[Tensor | None]] = {stream_of(site): [] for site in sites}
     for start in range(0, len(examples), config.batch):
         progress("calibrating", start, len(examples))
-        located = generate_and_locate(generator, examples[start : start + config.batch], watch, locator, sites, config.steps)
+        located = generate_and_locate(generator, examples[start : start + config.batch], watch, locator, sites, steps)
         for stream, found in located.masks.items():
             masks[stream] += found
         for site in sites:
@@ -237,37 +251,45 @@ def calibrate(
 def calibrated(
     anchors: Anchors, scores: Tensor, masks: Sequence[Tensor | None], examples: Sequence[Example], config: Config
 ) -> tuple[Anchors, Quality]:  # fmt: skip
-    """One probe's τ and level, from score maps [images, steps, concepts, height, width]."""
-    benign = [i for i, example in enumerate(examples) if not example.concept]
-    pairs = enumerate(zip(examples, masks, strict=True))
-    seen = [(i, anchors.concepts.index(e.concept), mask) for i, (e, mask) in pairs if e.concept and mask is not None]
-    peaks = scores[benign].amax(dim=(1, 2, 3, 4)).tolist()
-    calibration = Calibration.fit(peaks, config.target_fpr, items=[examples[i].prompt for i in benign])
-    if not seen:
-        raise ValueError(f"no unsafe example shows its concept at '{anchors.site}'; give others, or masks of your own")
-    own = torch.stack([scores[i, :, concept] for i, concept, _ in seen])  # [unsafe, steps, height, width]
-    tops = own.amax(dim=(1, 2, 3))
-    calibration = calibration.towards(float(tops.quantile(0.05)), config.margin, peaks)
-    threshold = calibration.threshold
-    recall = float((tops > threshold).float().mean())
-    if recall < 0.5:
+    """One probe's τ and level, from score maps [images, moments, concepts, height, width].
+
+    Both are those of the window in which a generation from noise is looked at: its benign images stay below τ at all of the window's
+    moments, but for the share that `Config.target_fpr` allows. Later moments are put on that scale (see `on_one_scale`). Anchors that are calibrated already (see `extended`) keep τ and level.
+    """
+    held = HeldOut.of(anchors, scores, masks, examples, config.target_fpr, config.margin)
+    first = max(1, sum(moment < config.window for moment in anchors.moments))
+    limits = held.limits(slice(0, first))
+    if anchors.calibration is not None:
+        limits = replace(limits, calibration=anchors.calibration, level=anchors.levels[0])
+    if limits.recall < LEAST_RECALL:
         raise ValueError(
-            f"τ = {threshold:.3g}, which {config.target_fpr:.0%} of benign images may exceed, is reached by only {recall:.0%} of unsafe images; "
+            f"τ = {limits.threshold:.3g}, which {config.target_fpr:.0%} of benign images may exceed, is reached by only {limits.recall:.0%} of unsafe images; "
             "try another probe (`safelight analyse`), whitened anchors, or more examples"
         )
-    level, overlap = _best_level(own, torch.stack([mask for _, _, mask in seen]), threshold)
     count = len(anchors.concepts)
-    made = replace(anchors, thresholds=(threshold,) * count, levels=(level,) * count, calibration=calibration)
-    return made, Quality(recall, overlap, len(seen), sum(bool(e.concept) for e in examples) - len(seen))
+    made = replace(anchors, thresholds=(limits.threshold,) * count, levels=(limits.level,) * count, calibration=limits.calibration)
+    unseen = sum(bool(e.concept) for e in examples) - len(held.own)
+    return on_one_scale(made, held, limits, first), Quality(limits.recall, limits.overlap, len(held.own), unseen)
 
 
-def _best_level(own: Tensor, masks: Tensor, threshold: float) -> tuple[float, float]:
-    """The level, at most τ, at which masks overlap best with the judge's: scores [unsafe, steps, height, width]."""
-    flat, wanted = own.flatten(0, 1), masks.repeat_interleave(own.shape[1], dim=0)
-    candidates = torch.cat([flat[wanted].quantile(torch.linspace(0.02, 0.6, 24)).clamp(max=threshold), torch.tensor([threshold])]).unique()
-    overlaps = [float(iou(clean(flat > level, flat.sigmoid()), wanted).mean()) for level in candidates]
-    best = max(range(len(overlaps)), key=overlaps.__getitem__)
-    return float(candidates[best]), overlaps[best]
+def extended(known: Anchors, fitted: Anchors) -> Anchors:
+    """Anchors that were collected in the first steps and calibrated, with the later moments of others; the first stay as they are.
+
+    Raises:
+        ArtefactError: if the others are of another site, kind, or of other concepts or moments.
+    """
+    count = len(known.moments)
+    for fact in ("site", "kind", "concepts", "heads", "smooth"):
+        if getattr(known, fact) != getattr(fitted, fact):
+            raise ArtefactError(
+                f"anchors whose {fact} is {getattr(known, fact)} can't be extended by some whose {fact} is {getattr(fitted, fact)}"
+            )
+    if known.calibration is None or known.moments != fitted.moments[:count] or known.weights.shape[1:] != fitted.weights.shape[1:]:
+        raise ArtefactError(
+            "anchors can only be extended if they are calibrated, and collected in the same first steps with as many clusters"
+        )
+    weights, bias = (torch.cat([first, more[count:]]) for first, more in ((known.weights, fitted.weights), (known.bias, fitted.bias)))
+    return replace(known, weights=weights, bias=bias, moments=fitted.moments)
 
 
 def probe_threshold(

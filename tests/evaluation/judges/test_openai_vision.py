@@ -160,7 +160,7 @@ def test_it_says_what_it_is_without_asking(server: Server) -> None:
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setitem(sys.modules, "httpcore", None)
     with pytest.raises(ArtefactError, match=r"pip install 'safelight\[llm\]'"):
         OpenAIVision(base_url="http://127.0.0.1:9/v1", model="tiny")([noise()])
 

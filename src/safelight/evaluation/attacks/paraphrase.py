@@ -28,7 +28,7 @@ class Paraphrase(Attack):
     """
 
     synonyms: Mapping[str, Sequence[str]] | None = field(default=None, metadata={"artefact": "synonyms"})
-    """Word or phrase -> others for it. By default the testbed's, which no guard was trained on."""
+    """Word or phrase -> others for it. By default the testbed's: no guard was trained on them, but the text encoders learned what they mean."""
     rewrites: Rewrites | None = field(default=None, metadata={"artefact": "rewrites"})
     """Whole prompts in other words, tried after the synonyms."""
     wordings: Annotated[int, Ge(1)] = 8

@@ -69,7 +69,7 @@ def scene_case(
 
 
 def draw_unsafe(unsafe: Sequence[str], split: Split, *, synonyms: bool = False) -> Callable[[Random], Case | None]:
-    """An unsafe object, alone (one in four) or beside a safe one; by its name, or by a word that no guard was trained on."""
+    """An unsafe object, alone (one in four) or beside a safe one; by its name, or by a synonym (see `SYNONYMS`)."""
 
     def draw(random: Random) -> Case | None:
         objects = [random.choice(unsafe)]

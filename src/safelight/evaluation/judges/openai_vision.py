@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from ... import schema
 from ...chat import Endpoint, answer_forms
 from ...errors import ArtefactError
+from ...files import parse_json
 from ..judge import Judge, Judgement, Picture
 from ..pictures import fingerprint, judge_distinct, to_images
 
@@ -56,7 +57,7 @@ class OpenAIVision(Judge):
         """One judgement per picture; equal pictures are judged once.
 
         Raises:
-            ArtefactError: if httpx or the API key is missing.
+            ArtefactError: if httpcore or the API key is missing.
             ValueError: if one is not a picture, or some could not be judged; the message says how many, and why the first.
         """
         return judge_distinct(pictures, self._look)
@@ -124,7 +125,7 @@ def parse(text: str, classes: Sequence[str]) -> Judgement:
     Raises:
         ValueError: if it does not follow the form, or contradicts itself.
     """
-    answer = json.loads(text)
+    answer = parse_json(text)
     if not isinstance(answer, dict) or set(answer) != {"unsafe", "categories"} or not isinstance(answer["unsafe"], bool):
         raise ValueError("the answer does not follow the schema")
     named = answer["categories"]
