@@ -279,6 +279,12 @@ class Engine:
                 "the denoiser was called more often than the pipeline calls it in one step (by a callback, or was the scheduler's `step` replaced?), "
                 "so the guard can't tell which prediction counts; the images are withheld"
             )
+        scale = getattr(self.pipe, "_guidance_scale", None)
+        if isinstance(scale, (int, float)) and not scale >= 0:
+            raise SafetyBypassed(
+                f"the guidance scale is {scale:g}, which leads towards the negative prompt and away from the one that was judged; the images are "
+                "withheld. Give one of at least 0, and what should be drawn as the prompt"
+            )
         provenance.check(call.text, call.pooled, call.cond)
         return call
 
