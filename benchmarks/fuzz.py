@@ -4,9 +4,10 @@ python benchmarks/fuzz.py --cases 100000 --json fuzz.json
 
 Each case takes a small valid file, mutates it once or twice, and reads it as its user would: artefacts with their class, bundles with
 `bundle.load` and an attachment, lists and pairs with the one reader of tables. *Refused*: an `ArtefactError` or a `ValueError` whose message is longer
-than 20 characters. *Same*: accepted, and it equals the original in what guards (every field and tensor). *Guards less*: accepted, something that
-guards differs, and it is not merely another text in a list of prompts; for tables, a row of the original reads as a row that isn't in it, or a prompt
-changed its column. As files carry a hash of their content, this says that damage is told; it is no defence against somebody who writes the hash anew.
+than 20 characters. *Same*: accepted, and it equals the original in what guards (every field and tensor). *Guards less*: accepted, and something
+of that differs. Of tables, in which any text may stand, what counts is what stands in the wrong place: a harmless text of the original among the
+unsafe ones, or a part of a line as a line of its own. As files carry a hash of their content, this says that damage is told; it is no defence
+against somebody who writes the hash anew.
 Workers have a limit of time for each case and report their highest memory.
 """
 
@@ -32,7 +33,26 @@ SECONDS = 5.0
 """A case that takes longer hangs."""
 MEGABYTES = 500
 OUTCOMES = ("refused", "same", "guards less", "hang", "traceback", "memory")
-HUGE: tuple[Any, ...] = (10**12, 2**63, -1, 0, 1e308, True, False, None, "", "x" * 5000, [], {}, [[]], "NaN", -0.0, 0.999999, "../../etc/passwd", "/dev/zero")
+HUGE: tuple[Any, ...] = (
+    10**12,
+    2**63,
+    -1,
+    0,
+    1e308,
+    True,
+    False,
+    None,
+    "",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    "NaN",
+    -0.0,
+    0.999999,
+    "../../etc/passwd",
+    "/dev/zero",
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,23 @@ def insert(file: Path, chance: random.Random) -> None:
     """Bytes that are none of its business."""
     data = file.read_bytes()
     start = _place(data, chance) if data else 0
-    odd = (b"\0", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028".encode(), b"\x85", b"\x0c", b"\r", b'"', b",", b";", b"\n", b"[" * 200, b"{" * 200, b"9" * 400, b"\xed\xa0\x80")
+    odd = (
+        b"\0",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        "\u2028".encode(),
+        b"\x85",
+        b"\x0c",
+        b"\r",
+        b'"',
+        b",",
+        b";",
+        b"\n",
+        b"[" * 200,
+        b"{" * 200,
+        b"9" * 400,
+        b"\xed\xa0\x80",
+    )
     file.write_bytes(data[:start] + chance.choice(odd) * chance.choice((1, 1, 1, 50)) + data[start:])
 
 
@@ -110,13 +146,14 @@ def header(file: Path, chance: random.Random) -> None:
     try:
         value = json.loads(data if is_json else data[8 : 8 + length])
     except (ValueError, RecursionError):
-        return flip(file, chance)
-    if isinstance(value, dict) and "__metadata__" in value and chance.random() < 0.6:
-        facts = value["__metadata__"]
+        flip(file, chance)
+        return
+    facts = value.get("__metadata__") if isinstance(value, dict) else None
+    if facts and isinstance(facts, dict) and chance.random() < 0.6:
         name = chance.choice(sorted(facts))
         try:
             inner = json.loads(facts[name])
-        except ValueError:
+        except (ValueError, TypeError):
             inner = facts[name]
         facts[name] = json.dumps(changed(inner, chance)) if chance.random() < 0.9 else chance.choice(("", "{", "[]", "null"))
     else:
@@ -188,7 +225,7 @@ def outcome(kind: Kind, folder: Path, whole: Any, seed: str) -> tuple[str, str]:
 
 def work(task: tuple[int, int, int]) -> tuple[list[tuple[str, str, str]], Counter[tuple[str, str]], int]:
     """A batch of cases: the remarkable ones, the counts, and the highest memory above what the libraries take."""
-    worker, start, stop = task
+    _, start, stop = task
     warnings.simplefilter("ignore")
     own = kinds()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:

@@ -24,7 +24,7 @@ from .registry import Registry
 from .safe_guidance import Arithmetic, InContext, NearestTwin, Rewrite
 from .schema import check
 
-FORMAT = "safelight-bundle/1"
+FORMAT = "safelight-bundle/2"
 METHODS: Registry[Method] = Registry("safelight.methods", Method)
 DETECTORS: Registry[Detector[Any]] = Registry("safelight.detectors", Detector)
 ARTEFACTS: Mapping[str, Any] = {
@@ -77,7 +77,7 @@ def load(folder: str | Path, *, made_for: str | None = None, changes: Mapping[st
     for method in methods:
         _check_fields(method, folder)
     own = {name: value for name, value in document.items() if name != "sha256"}
-    if document.get("sha256", content_hash(own)) != content_hash(own):
+    if document.get("sha256") != content_hash(own):
         raise ArtefactError(
             f"{folder}/method.json is damaged, or was changed by hand (its sha256 differs); save the methods again, or load them with changes "
             "instead of changing the file"
@@ -182,7 +182,7 @@ class _Reader:
     def _artefact(self, kind: str, name: Any) -> Any:
         path = inside(self.folder, name, f"{self.folder}/method.json")
         if name not in self.files:
-            if name in self.hashes and hashlib.sha256(read_bytes(path, LARGEST_FILE)).hexdigest() != self.hashes[name]:
+            if hashlib.sha256(read_bytes(path, LARGEST_FILE)).hexdigest() != self.hashes.get(name):
                 raise ArtefactError(
                     f"{path} is damaged, or another file than the one that was saved (its sha256 differs); save the methods again"
                 )

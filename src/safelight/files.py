@@ -144,8 +144,9 @@ def inside(folder: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
         raise ArtefactError(f"{where} points outside the bundle: {_short(name)}")
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise ArtefactError(f"{where} points outside the bundle: {name!r} is a link to {path.resolve()}")
+    leads = os.path.realpath(path)
+    if path.is_symlink() and Path(leads).parent != Path(os.path.realpath(folder)):
+        raise ArtefactError(f"{where} points outside the bundle: {name!r} is a link to {leads}")
     return path
 
 
@@ -259,7 +260,7 @@ def read_tensors(path: str | Path, what: str, format: str, remedy: str) -> tuple
         metadata = _checked_header(path)
     except ArtefactError as error:
         raise ArtefactError(f"{path} can't be read as {what} ({error}); {remedy}") from error
-    if metadata.get("format") != format:
+    if metadata.get("format") not in (format, f"{format}+{HASH}"):
         kind = what.split(" ", 1)[-1] if what.startswith(("a ", "an ")) else what
         told = _short(metadata.get("format", "something else"))
         raise ArtefactError(f"{path} holds no {kind} of this version ({format}) but {told}; {remedy}")
@@ -267,7 +268,8 @@ def read_tensors(path: str | Path, what: str, format: str, remedy: str) -> tuple
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtefactError(f"{path} can't be read as {what} ({error}); {remedy}") from error
-    return Facts(metadata, str(path), remedy, HASH in metadata and metadata[HASH] != _hash_of(metadata, tensors)), tensors
+    hashed = metadata["format"] != format or HASH in metadata  # files of before there were hashes have none
+    return Facts(metadata, str(path), remedy, hashed and metadata.get(HASH) != _hash_of(metadata, tensors)), tensors
 
 
 def _checked_header(path: str | Path) -> dict[str, str]:
@@ -299,7 +301,7 @@ def _check_ranges(header: Mapping[str, Any], available: int) -> None:
     offsets: Any
     for name, entry in sorted(header.items(), key=lambda item: _start(item[1])):
         dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape", "data_offsets"))
-        if dtype not in ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise ArtefactError(f"its tensor {_short(name)} is of the type {_short(dtype)}; known are {', '.join(ITEM_BYTES)}")
         if not _are_sizes(shape) or len(shape) > MOST_AXES or not _are_sizes(offsets) or len(offsets) != 2:
             raise ArtefactError(f"its tensor {_short(name)} has the shape {_short(shape)} at {_short(offsets)}")
@@ -326,7 +328,7 @@ def write_tensors(path: str | Path, format: str, tensors: Mapping[str, Tensor], 
         OSError: if it can't be written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    told = {"format": format, **metadata}
+    told = {"format": f"{format}+{HASH}", **metadata}
     partial = _partial(path)
     try:
         save_file(stored, partial, {**told, HASH: _hash_of(told, stored)})

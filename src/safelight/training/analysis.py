@@ -111,11 +111,7 @@ def localisation(
         for site in sites:
             maps[site].append(watch.of(site))
     progress("watching", len(held_out), len(held_out))
-    return [
-        quality(site, step, torch.cat(maps[site])[:, step], masks, held_out, anchors[site])
-        for site in sites
-        for step in range(steps)
-    ]
+    return [quality(site, step, torch.cat(maps[site])[:, step], masks, held_out, anchors[site]) for site in sites for step in range(steps)]
 
 
 def quality(site: str, step: int, maps: Tensor, masks: Sequence[Tensor | None], examples: Sequence[Example], anchors: Anchors) -> Quality:
