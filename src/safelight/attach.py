@@ -41,11 +41,11 @@ class Guard:
     def __init__(self, pipe: Any, methods: tuple[Method, ...], unjudged_images: Unjudged) -> None:
         self.pipe, self._methods, self.unjudged_images = pipe, methods, unjudged_images
         self._local = threading.local()
-        self._engine = take(pipe)
         try:
+            self._engine = take(pipe)
             self._engine.add(self)
         except BaseException:
-            release(self._engine)
+            self.remove()
             raise
         self.backbone = self._engine.backbone
 
@@ -72,8 +72,17 @@ class Guard:
 
     def remove(self) -> None:
         """Detaches the methods; the pipeline is as it was. A generation under way is withheld, in whatever thread it is."""
-        self._engine.drop(self)
-        release(self._engine)
+        try:
+            self._detach()
+        except BaseException:  # an interrupt: what it left is taken off too
+            self._detach()
+            raise
+
+    def _detach(self) -> None:
+        engine = engine_of(self.pipe) if hasattr(self.pipe, "__dict__") else None
+        if engine is not None:
+            engine.drop(self)
+        release(self.pipe)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Generates by another function of the pipeline than its `__call__`, which must do the same: its undecorated one, say."""

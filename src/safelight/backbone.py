@@ -187,7 +187,7 @@ class Backbone:
 
     def embed(self, prompts: Sequence[str], encode_prompt: Callable[..., Any]) -> Embedding:
         """Encodes prompts on their own, without negatives."""
-        names = inspect.signature(encode_prompt).parameters
+        names = self.encoding_signature(encode_prompt).parameters
         given = {
             "prompt": list(prompts),
             "device": self.pipe._execution_device,
@@ -197,6 +197,16 @@ class Backbone:
         required = {name: None for name, p in names.items() if p.default is p.empty and name not in given}
         outputs = encode_prompt(**required, **{name: value for name, value in given.items() if name in names})
         return Embedding(**dict(zip(self.encoded, outputs, strict=False)))
+
+    def encoding_signature(self, encode_prompt: Callable[..., Any]) -> inspect.Signature:
+        """That of `encode_prompt`; a wrapper or a subclass may hide the names of its arguments, then it is that of the class they go to."""
+        plain = [function for kind in type(self.pipe).__mro__ if (function := vars(kind).get("encode_prompt")) is not None]
+        for function in (encode_prompt, *(function.__get__(self.pipe) for function in plain)):
+            signature = inspect.signature(function)
+            hidden = any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in signature.parameters.values())
+            if not hidden and set(self.prompts) <= signature.parameters.keys():
+                return signature
+        return inspect.signature(encode_prompt)
 
     def paths(self, block: str) -> list[str]:
         """The paths of all blocks of one kind, in order; the denoiser itself for `prompt`."""

@@ -26,20 +26,13 @@ class Encoding:
 
     def __call__(self, generation: Generation, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Encodes the prompts, the negative ones where they have a call of their own, or whatever a callback encodes later."""
-        bound = self.signature(original).bind(*args, **kwargs)
+        bound = self.backbone.encoding_signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         if generation.run is None:
             return self.prompts(generation, original, bound)
         generation.check("the pipeline")
         first = not generation.provenance.negatives and not generation.run.index and not generation.turn
         return (self.negatives if self.backbone.separate and first else self.further)(generation, original, bound)
-
-    def signature(self, original: Callable[..., Any]) -> inspect.Signature:
-        """That of the pipeline's `encode_prompt`; whoever wraps it may hide the names of its arguments."""
-        signature = inspect.signature(original)
-        if set(self.backbone.prompts) <= signature.parameters.keys():
-            return signature
-        return inspect.signature(type(self.pipe).encode_prompt.__get__(self.pipe))
 
     def prompts(self, generation: Generation, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         names, chain = self.backbone.encoded, generation.chain

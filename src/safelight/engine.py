@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from .backbone import Backbone
+from .callbacks import NAMES as CALLBACKS
+from .callbacks import watched
 from .conflicts import check_denoiser
 from .encoding import Encoding, check_texts
 from .errors import SafetyBypassed, UnjudgedImageWarning
@@ -28,6 +30,8 @@ from .wrapping import Seam, seam
 
 SEAMS = ("encode_prompt", "forward", "step", "postprocess", "encode")
 """The bound methods that a guard stands in for: of the pipeline, its denoiser, scheduler, image processor and autoencoder."""
+CHANGED = "latents (changed by a callback)"
+"""What records call those among what went unjudged."""
 
 
 class Engine:
@@ -36,6 +40,8 @@ class Engine:
     def __init__(self, pipe: Any, backbone: Backbone) -> None:
         self.pipe, self.backbone = pipe, backbone
         self.guards: list[Handle] = []
+        self._half: Handle | None = None
+        """The guard that is being attached or removed."""
         self._local = threading.local()
         self._running: set[Generation] = set()
         self._mutex = threading.RLock()
@@ -59,29 +65,39 @@ class Engine:
         settings = {id(method): Settings.of(method) for method in guard.methods}
         with self._turn(), self._mutex:
             taps = self._tapped([*self.guards, guard])  # a failure leaves all as it is
+            self._half = guard
+            self._settings |= settings
             if not self.guards:
                 self._wrap()
-            self._taps.remove()
-            self._taps = taps.attach()
+            self._retap(taps)
             self.guards.append(guard)
-            self._settings |= settings
+            self._half = None
 
     def drop(self, guard: Handle) -> None:
-        """Takes a guard's methods out. Generations under way are withheld: what they have left to do would be unguarded."""
+        """Takes a guard's methods out, also those of one that was attached half-way; whoever is interrupted here may call it again.
+
+        Generations under way are withheld: what they have left to do would be unguarded.
+        """
         with self._mutex:
-            if guard not in self.guards:
+            if guard not in self.guards and guard is not self._half:
                 return
-            self.guards.remove(guard)
+            self._half = guard
+            rest = [one for one in self.guards if one is not guard]
             for generation in self._running:
                 generation.revoked = True
-            self._taps.remove()
-            self._taps = self._tapped(self.guards).attach()
+            self._retap(self._tapped(rest))
+            if not rest:
+                self._unwrap()
             for method in guard.methods:
                 self._settings.pop(id(method), None)
-            if not self.guards:
-                for one in self._seams.values():
-                    one.drop(self)
-                self._seams = {}
+            self.guards = rest
+            self._half = None
+
+    def _retap(self, taps: Taps) -> None:
+        """Puts taps in the place of those that are there."""
+        self._taps.remove()
+        self._taps = taps
+        taps.attach()
 
     def _tapped(self, guards: Sequence[Handle]) -> Taps:
         taps = Taps(self.backbone, self._anybody)
@@ -91,19 +107,29 @@ class Engine:
         return taps
 
     def _wrap(self) -> None:
+        for owner, name, around, beyond in self._places():
+            there = self._seams[name] = seam(owner, name)
+            there.add(self, around, beyond)
+        self._seams["forward"].part_of_a_pipeline = True
+
+    def _unwrap(self) -> None:
+        """Takes the seams off, also one that `_wrap` was interrupted at."""
+        found = {id(one): one for owner, name, *_ in self._places() if isinstance(one := vars(owner).get(name), Seam)}
+        for one in (found | {id(one): one for one in self._seams.values()}).values():
+            one.drop(self)
+        self._seams = {}
+
+    def _places(self) -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any] | None]]:
+        """What has a seam, its name, and what is done with calls in a generation and outside any."""
         denoiser, scheduler, processor = self._parts
-        for owner, name, around, beyond in (
+        places = [
             (self.pipe, "encode_prompt", self._encode, None),
             (denoiser, "forward", self._denoise, _outside("the denoiser")),
             (scheduler, "step", self._step, _outside("the scheduler")),
             (processor, "postprocess", self._decode, None),
             (getattr(self.pipe, "vae", None), "encode", self._take_in, None),
-        ):
-            if owner is None:
-                continue
-            self._seams[name] = seam(owner, name)
-            self._seams[name].add(self, around, beyond)
-        self._seams["forward"].part_of_a_pipeline = True
+        ]
+        return [place for place in places if place[0] is not None]
 
     def _current_parts(self) -> tuple[Any, ...]:
         return getattr(self.pipe, self.backbone.denoiser), self.pipe.scheduler, self.pipe.image_processor
@@ -142,6 +168,7 @@ class Engine:
             )
         with self._turn():
             generation = self._begin(function, args, kwargs, sys._getframe())
+            args, kwargs = self._watched(generation, args, kwargs)
             try:
                 output = function(*args, **kwargs)
                 records = generation.finish(output)
@@ -177,9 +204,7 @@ class Engine:
         """Follows settings that were changed since the last call, and modules that were put in the place of hooked ones (a LoRA's, say)."""
         changed = [method for method in _chained(guards) if self._settings[id(method)].refresh()]
         if changed or self._taps.stale():
-            taps = self._tapped(guards)
-            self._taps.remove()
-            self._taps = taps.attach()
+            self._retap(self._tapped(guards))
 
     def _unjudged(self, guards: Sequence[Handle], chain: Sequence[Method], arguments: Mapping[str, Any]) -> list[str]:
         """The arguments with pictures that no method looks at; raises or warns if there are any, as each guard wants it."""
@@ -187,12 +212,22 @@ class Engine:
         if not names or not chain or any(method.judges_images for method in chain):
             return []
         told = f"{', '.join(f'`{name}`' for name in names)} goes into the image, and no method of this guard looks at images; add pre_filter or post_filter"
-        wanted = {guard.unjudged_images for guard in guards}
-        if "refuse" in wanted:
-            raise SafetyBypassed(f"{told}; the images are withheld")
-        if "warn" in wanted:
-            warnings.warn(f"{told}, or say guard(…, unjudged_images='accept')", UnjudgedImageWarning, stacklevel=5)
+        _tell(guards, told)
         return names
+
+    def _watched(self, generation: Generation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """The arguments of a call with its step callbacks watched: latents that they change are a picture that nobody asked for in words."""
+        given = {name: generation.arguments[name] for name in CALLBACKS if generation.arguments.get(name) is not None}
+        if not given or not generation.chain or any(method.judges_finished for method in generation.chain):
+            return args, kwargs
+
+        def changed() -> None:
+            if CHANGED not in generation.unjudged:
+                generation.unjudged.append(CHANGED)
+                _tell(generation.guards, "a step callback changed the latents, and no method of this guard looks at the finished images; add post_filter")
+
+        own = {name: watched(callback, changed) for name, callback in given.items()}
+        return (args, {**kwargs, **own}) if own.keys() <= kwargs.keys() else ((), {**generation.arguments, **own})
 
     def _end(self, generation: Generation) -> None:
         """Forgets a generation, however it ended."""
@@ -335,6 +370,15 @@ class Engine:
             for method in generation.chain:
                 method.take_in(image)
         return original(image, *args, **kwargs)
+
+
+def _tell(guards: Sequence[Handle], what: str) -> None:
+    """Raises or warns that something goes into the image unjudged, as each guard wants it."""
+    wanted = {guard.unjudged_images for guard in guards}
+    if "refuse" in wanted:
+        raise SafetyBypassed(f"{what}; the images are withheld")
+    if "warn" in wanted:
+        warnings.warn(f"{what}, or say guard(…, unjudged_images='accept')", UnjudgedImageWarning, stacklevel=6)
 
 
 def _outside(who: str) -> Callable[..., Any]:

@@ -33,26 +33,38 @@ def take(pipe: Any) -> Engine:
     """
     engine = engine_of(pipe) if hasattr(pipe, "__dict__") else None
     if engine is None:
-        engine = Engine(pipe, Backbone.of(pipe))
+        engine = vars(pipe)[KEY] = Engine(pipe, Backbone.of(pipe))
+    if not _is_guarded(type(pipe)):
         pipe.__class__ = _guarded(type(pipe))
-        vars(pipe)[KEY] = engine
     return engine
 
 
-def release(engine: Engine) -> None:
+def release(pipe: Any) -> None:
     """Makes a pipeline what it was, once no guard is left."""
-    pipe = engine.pipe
-    if not engine.guards and engine_of(pipe) is engine:
-        del vars(pipe)[KEY]
-        pipe.__class__ = type(pipe).__mro__[1]
+    engine = engine_of(pipe) if hasattr(pipe, "__dict__") else None
+    if engine is None or not engine.guards:
+        if _is_guarded(type(pipe)):
+            pipe.__class__ = type(pipe).__mro__[1]
+        if engine is not None:
+            del vars(pipe)[KEY]
+
+
+def _is_guarded(kind: type[Any]) -> bool:
+    return "_safelight_guarded" in vars(kind)
 
 
 def _guarded(kind: type[Any]) -> type[Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[KEY].generate(functools.partial(kind.__call__, self), args, kwargs)
+        engine = engine_of(self)
+        if engine is None or not engine.guards:  # whoever attached or removed the guard was interrupted at it
+            release(self)
+            return kind.__call__(self, *args, **kwargs)
+        return engine.generate(functools.partial(kind.__call__, self), args, kwargs)
 
     functools.update_wrapper(__call__, kind.__call__)
-    names = {"__call__": __call__, "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _refuse_to_pickle}
+    names = {
+        "__call__": __call__, "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _refuse_to_pickle, "_safelight_guarded": True,
+    }  # fmt: skip
     made = type(kind.__name__, (kind,), names)
     made.__module__, made.__qualname__, made.__doc__ = kind.__module__, kind.__qualname__, kind.__doc__
     return made
@@ -95,9 +107,7 @@ def _clean(pipe: Any) -> None:
             if isinstance(method, types.MethodType) and method.__func__ is getattr(type(owner), name, None):
                 delattr(owner, name)
     for module in backbone.module.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
-                del hooks[key]
+        Hook.remove(module, lambda hook: True)
 
 
 def _refuse_to_pickle(self: Any, protocol: Any) -> Any:

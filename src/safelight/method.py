@@ -29,6 +29,8 @@ class Method:
     """The images it may act on, where a gate confines it; None: all."""
     judges_images: bool = False
     """Whether it looks at pictures: at those that go in, that are being made, or that leave."""
+    judges_finished: bool = False
+    """Whether it looks at all finished pictures, whatever they were made of."""
 
     @property
     def name(self) -> str:

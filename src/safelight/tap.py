@@ -6,7 +6,7 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,27 @@ from .errors import SafetyBypassed, UnsupportedPipeline
 from .flow import Call, Heads, put
 from .method import Method
 from .site import Attention, Port, Site, Stream
-from .wrapping import seam
+from .wrapping import Seam, seam
 
 
 class Hook:
     """A PyTorch hook that belongs to a guard; a copy of it, in a copied module, refuses to run."""
 
-    def __init__(self, act: Callable[..., Any]) -> None:
-        self._act = act
+    def __init__(self, act: Callable[..., Any], owner: Any = None) -> None:
+        self._act, self.owner = act, owner
 
     def __call__(self, *args: Any) -> Any:
         return self._act(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook(_refuse_copied)
+
+    @staticmethod
+    def remove(module: nn.Module, wanted: Callable[[Hook], bool]) -> None:
+        """Takes a guard's hooks out of a module."""
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and wanted(hook)]:
+                del hooks[key]
 
 
 def _refuse_copied(*_: Any) -> Any:
@@ -71,7 +78,6 @@ class Taps:
         self._backbone, self._anybody = backbone, anybody
         self._taps: dict[Site, _Tap] = {}
         self._local = threading.local()
-        self._undo = ExitStack()
 
     def add(self, address: Site | str, position: int) -> None:
         """Leads a site to the `edit` or `attend` of the method at a place of the chain; those that share a site are called in that order."""
@@ -94,8 +100,12 @@ class Taps:
         return self
 
     def remove(self) -> None:
-        """Unhooks them."""
-        self._undo.close()
+        """Unhooks them, also those of an `attach` that was interrupted."""
+        for tap in self._taps.values():
+            Hook.remove(tap.module, lambda hook: hook.owner is self)
+            there = vars(tap.module).get("forward")
+            if isinstance(there, Seam):
+                there.drop(self)
 
     def stale(self) -> bool:
         """Whether another module stands where one was hooked: peft puts a LoRA's in the place of a linear layer."""
@@ -161,10 +171,9 @@ class Taps:
             return tensor if edited is tokens else put(tensor, window, edited)
 
         if port.side == "input":
-            handle = tap.module.register_forward_pre_hook(Hook(lambda _, args: _change(args, port.slot, edit)))
+            tap.module.register_forward_pre_hook(Hook(lambda _, args: _change(args, port.slot, edit), self))
         else:
-            handle = tap.module.register_forward_hook(Hook(lambda _, args, output: _change(output, port.slot, edit)))
-        self._undo.callback(handle.remove)
+            tap.module.register_forward_hook(Hook(lambda _, args, output: _change(output, port.slot, edit), self))
 
     def _tap_attention(self, index: int, tap: _Tap, entry: Attention) -> None:
         def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +189,7 @@ class Taps:
             self._mine()  # raises if nobody generates
             return original(*args, **kwargs)
 
-        there = seam(tap.module, "forward")
-        there.add(self, around, outside)
-        self._undo.callback(there.drop, self)
+        seam(tap.module, "forward").add(self, around, outside)
 
     @staticmethod
     def _wanted(watch: _Watch, tap: _Tap) -> bool:

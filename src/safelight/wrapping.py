@@ -75,21 +75,28 @@ class Seam:
         self._handlers.append((who, around, outside))
 
     def drop(self, who: Attached) -> None:
-        """Takes a handler away; with the last one the seam goes, unless somebody has wrapped it: then it stays, does nothing, and a warning says so."""
-        self._handlers = [handler for handler in self._handlers if handler[0] is not who]
-        if self._handlers:
-            return
-        if vars(self._owner).get(self.name) is not self:
+        """Takes a handler away; with the last one the seam goes, unless somebody has wrapped it: then it stays, does nothing, and a warning says so.
+
+        Whoever is interrupted here may call it again.
+        """
+        rest = [handler for handler in self._handlers if handler[0] is not who]
+        if not rest:
+            self._take_off()
+        self._handlers = rest
+
+    def _take_off(self) -> None:
+        there = vars(self._owner).get(self.name)
+        if there is self and self.before is None:
+            delattr(self._owner, self.name)
+        elif there is self:
+            setattr(self._owner, self.name, self.before)
+        elif there is not self.before and self._handlers:
             warnings.warn(
                 f"{type(self._owner).__name__}.{self.name} was replaced after the guard was attached; the guard is inactive now, but its "
                 "empty wrapper stays until the other one is removed",
                 ForeignWrapperWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        elif self.before is None:
-            delattr(self._owner, self.name)
-        else:
-            setattr(self._owner, self.name, self.before)
 
     def renew(self) -> None:
         """Puts the seam on again, should somebody have restored what was there before it."""

@@ -31,6 +31,7 @@ class PostFilter(Method):
             )
 
     judges_images = True
+    judges_finished = True
 
     def meet(self, further: Run) -> None:
         """It looks at the finished picture, whatever the prompt."""
