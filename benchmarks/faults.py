@@ -136,7 +136,7 @@ class House:
 
     def stage(self, method: str | None, folder: Path) -> Stage:
         """For one cell."""
-        return Stage(self.name, self.pipe, method, folder, self.steps)
+        return Stage(self.name, self.pipe, method, folder, self.steps, count=1)
 
     def long(self) -> list[dict[str, int]]:
         """What a stage is set to where it must be certain that a guard was led past."""
@@ -270,7 +270,7 @@ def drawn_bare(house: House, fault: Fault, changes: dict[str, int]) -> Bare:
 
 def judged(house: House, fault: Fault, method: str, honest: float, bare: Bare) -> tuple[str, str]:
     """The outcome of a cell, and a note; nobody is said to be led past before that is certain."""
-    changes = {"count": 1} if honest > STOPS else {}
+    changes = {"steps": 4} if honest > STOPS else {}
     outcome, note = tried(house, fault, method, honest, bare, changes)
     return certain(house, fault, method, note) if outcome == "bypassed" else (outcome, note)
 
@@ -440,7 +440,7 @@ def matrix(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
     done = {cell.key for cell in known}
     tasks = [
         Task(fault.name, name, [one for one in methods if (fault.name, name, one) not in done], shares[name])
-        for name in pipelines for fault in faults if name in fault.on
+        for fault in faults for name in pipelines if name in fault.on
     ]  # fmt: skip
     tasks = [task for task in tasks if task.methods]
     started = time.monotonic()
