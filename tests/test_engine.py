@@ -494,3 +494,18 @@ def test_negative_prompts_are_judged_for_the_record(sd: Any) -> None:
     assert record.negative is not None
     assert record.negative.flagged
     assert record.to_json()["negative"]["prompt"] == "a knife"
+
+
+@pytest.mark.parametrize("scale", [-3.0, float("nan")])
+def test_a_negative_guidance_scale_makes_no_prompt_of_the_negative_one(scale: float) -> None:
+    for name in ("sd", "sd3"):
+        pipe = tiny_pipeline(name)
+        with guard(pipe, block()), pytest.raises(SafetyBypassed, match="leads towards the negative prompt"):
+            sample(pipe, SAFE, negative_prompt=UNSAFE, guidance_scale=scale)
+
+    def turn(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = scale
+        return values
+
+    with guard(pipe, block()), pytest.raises(SafetyBypassed):
+        sample(pipe, SAFE, callback_on_step_end=turn)

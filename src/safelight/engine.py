@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
@@ -14,24 +13,21 @@ from typing import Any
 from torch import Tensor
 
 from .backbone import Backbone
-from .callbacks import NAMES as CALLBACKS
-from .callbacks import watched
 from .conflicts import check_denoiser
 from .encoding import Encoding, check_texts
-from .errors import SafetyBypassed, UnjudgedImageWarning
+from .errors import SafetyBypassed
 from .flow import Call, Step
 from .generation import Generation, Handle, outside
 from .method import Method
-from .pictures import bound_arguments, pictures_in
+from .pictures import bound_arguments
 from .run import Run
 from .settings import Settings
 from .tap import Taps
+from .unjudged import unjudged, with_watched_callbacks
 from .wrapping import Seam, seam
 
 SEAMS = ("encode_prompt", "forward", "step", "postprocess", "encode")
 """The bound methods that a guard stands in for: of the pipeline, its denoiser, scheduler, image processor and autoencoder."""
-CHANGED = "latents (changed by a callback)"
-"""What records call those among what went unjudged."""
 
 
 class Engine:
@@ -168,7 +164,7 @@ class Engine:
             )
         with self._turn():
             generation = self._begin(function, args, kwargs, sys._getframe())
-            args, kwargs = self._watched(generation, args, kwargs)
+            args, kwargs = with_watched_callbacks(generation, args, kwargs)
             try:
                 output = function(*args, **kwargs)
                 records = generation.finish(output)
@@ -195,7 +191,7 @@ class Engine:
             arguments = bound_arguments(function, args, kwargs)
             check_texts(arguments, self.backbone.prompts)
             chain = [self._settings[id(method)].fresh() for method in _chained(guards)]
-            generation = Generation(guards, chain, arguments, frame, self._unjudged(guards, chain, arguments))
+            generation = Generation(guards, chain, arguments, frame, unjudged(guards, chain, arguments))
             self._running.add(generation)
             self._local.generation = generation
         return generation
@@ -205,29 +201,6 @@ class Engine:
         changed = [method for method in _chained(guards) if self._settings[id(method)].refresh()]
         if changed or self._taps.stale():
             self._retap(self._tapped(guards))
-
-    def _unjudged(self, guards: Sequence[Handle], chain: Sequence[Method], arguments: Mapping[str, Any]) -> list[str]:
-        """The arguments with pictures that no method looks at; raises or warns if there are any, as each guard wants it."""
-        names = sorted({given.argument for given in pictures_in(arguments)})
-        if not names or not chain or any(method.judges_images for method in chain):
-            return []
-        told = f"{', '.join(f'`{name}`' for name in names)} goes into the image, and no method of this guard looks at images; add pre_filter or post_filter"
-        _tell(guards, told)
-        return names
-
-    def _watched(self, generation: Generation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        """The arguments of a call with its step callbacks watched: latents that they change are a picture that nobody asked for in words."""
-        given = {name: generation.arguments[name] for name in CALLBACKS if generation.arguments.get(name) is not None}
-        if not given or not generation.chain or any(method.judges_finished for method in generation.chain):
-            return args, kwargs
-
-        def changed() -> None:
-            if CHANGED not in generation.unjudged:
-                generation.unjudged.append(CHANGED)
-                _tell(generation.guards, "a step callback changed the latents, and no method of this guard looks at the finished images; add post_filter")
-
-        own = {name: watched(callback, changed) for name, callback in given.items()}
-        return (args, {**kwargs, **own}) if own.keys() <= kwargs.keys() else ((), {**generation.arguments, **own})
 
     def _end(self, generation: Generation) -> None:
         """Forgets a generation, however it ended."""
@@ -314,6 +287,12 @@ class Engine:
                 "the denoiser was called more often than the pipeline calls it in one step (by a callback, or was the scheduler's `step` replaced?), "
                 "so the guard can't tell which prediction counts; the images are withheld"
             )
+        scale = getattr(self.pipe, "_guidance_scale", None)
+        if isinstance(scale, (int, float)) and not scale >= 0:
+            raise SafetyBypassed(
+                f"the guidance scale is {scale:g}, which leads towards the negative prompt and away from the one that was judged; the images are "
+                "withheld. Give one of at least 0, and what should be drawn as the prompt"
+            )
         provenance.check(call.text, call.pooled, call.cond)
         return call
 
@@ -364,15 +343,6 @@ class Engine:
             for method in generation.chain:
                 method.take_in(image)
         return original(image, *args, **kwargs)
-
-
-def _tell(guards: Sequence[Handle], what: str) -> None:
-    """Raises or warns that something goes into the image unjudged, as each guard wants it."""
-    wanted = {guard.unjudged_images for guard in guards}
-    if "refuse" in wanted:
-        raise SafetyBypassed(f"{what}; the images are withheld")
-    if "warn" in wanted:
-        warnings.warn(f"{what}, or say guard(…, unjudged_images='accept')", UnjudgedImageWarning, stacklevel=6)
 
 
 def _outside(who: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections.abc
 import difflib
 import inspect
 import itertools
@@ -38,6 +39,8 @@ class Field:
     """Whether `high` itself is out of range."""
     above_low: bool = False
     """Whether `low` itself is."""
+    of: type | None = None
+    """What an artefact must be an instance of, where one class says it."""
 
     def parse(self, text: str) -> Any:
         """A value from its text form.
@@ -78,6 +81,10 @@ class Field:
     def check(self, value: Any) -> None:
         """Raises ValueError if a value is out of range, or of another type."""
         if value is None and self.optional:
+            return
+        if self.kind == "artefact":
+            if self.of is not None and not isinstance(value, self.of):
+                raise ValueError(f"{self.name}={_told(value)} is no {self.of.__name__}")
             return
         if not _is_of(self.kind, value):
             raise ValueError(f"{self.name}={_told(value)} is no {self.kind}: give {_KINDS.get(self.kind, 'another')}{self.range}")
@@ -140,10 +147,21 @@ def fields_of(cls: type) -> list[Field]:
         nonempty = any(isinstance(note, MinLen) for note in notes)
         below_high = any(isinstance(note, Interval | Lt) and note.lt is not None for note in notes)
         above_low = any(isinstance(note, Interval | Gt) and note.gt is not None for note in notes)
+        of = _class_of(hints[field.name]) if kind == "artefact" else None
         found.append(
-            Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty, below_high, above_low)
+            Field(field.name, kind, default, docs.get(field.name, ""), low, high, choices, optional, nonempty, below_high, above_low, of)
         )
     return found
+
+
+def _class_of(hint: Any) -> type | None:
+    """The class that a hint names, less None and what is in brackets; None for protocols and functions."""
+    if get_origin(hint) in (Union, types.UnionType):
+        rest = [arg for arg in get_args(hint) if arg is not type(None)]
+        return _class_of(rest[0]) if len(rest) == 1 else None
+    found = get_origin(hint) or hint
+    plain = isinstance(found, type) and not getattr(found, "_is_protocol", False) and found is not collections.abc.Callable
+    return found if plain else None
 
 
 def field_of(cls: type, name: str) -> Field:
@@ -169,11 +187,10 @@ def check(instance: Any) -> None:
         part = getattr(instance, field.name)
         if field.name in PARTS and is_dataclass(part) and not isinstance(part, type):
             check(part)
-        if field.kind != "artefact":
-            try:
-                field.check(getattr(instance, field.name))
-            except ValueError as error:
-                raise ValueError(f"{type(instance).__name__}: {error}") from None
+        try:
+            field.check(part)
+        except ValueError as error:
+            raise ValueError(f"{type(instance).__name__}: {error}") from None
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
