@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 
 from safelight import guard
 from safelight.backbone import Backbone
@@ -269,3 +270,22 @@ def test_other_files_are_no_dictionaries(tmp_path: Path) -> None:
     (tmp_path / "one.safetensors").write_bytes(b"nothing")
     with pytest.raises(ArtefactError, match="can't be read as a safety dictionary"):
         Dictionary.load(tmp_path / "one.safetensors")
+
+
+def test_a_gate_on_image_tokens_is_refused_where_a_generation_begins_late(flux: Any, fitted: Any) -> None:
+    """It knows the first steps from noise; what the prompt says is the same at every noise level."""
+    by_prompt, by_image = fitted(flux)
+    pipe = FluxImg2ImgPipeline(**flux.components)
+    pipe.set_progress_bar_config(disable=True)
+    late = {"image": torch.full((1, 3, 24, 24), 0.5), "steps": 4, "height": 24, "width": 24}
+
+    def flagged(strength: float, *dictionaries: Dictionary) -> bool:
+        with guard(pipe, SafeDIG(dictionaries=dictionaries), unjudged_images="accept") as handle:
+            sample(pipe, UNSAFE[0], strength=strength, **late)
+        return handle.records[0].flagged
+
+    assert flagged(0.5, by_prompt, by_image)
+    looking = replace(by_image, threshold=-1e9)
+    assert flagged(1.0, looking)
+    with pytest.raises(ArtefactError, match=r"joint.0:image.*began at 50% of the noise schedule.*prompt:text"):
+        flagged(0.5, looking)

@@ -238,7 +238,7 @@ def test_what_a_reference_shows_is_searched_and_faded(tmp_path: Path) -> None:
     image_anchors = replace(anchors, site=SITE, thresholds=(1e9,) * 4, model=elsewhere)
     fresh = from_testbed(["weapons"], unsafe=1, benign=2, editing=True, keeping=True, seed=7)
     expected = generator(fresh)
-    with guard(generator.pipe, UVR(anchors=image_anchors, reference_anchors=anchors)) as handle:
+    with guard(generator.pipe, UVR(anchors=image_anchors, reference_anchors=anchors, localise=0.1)) as handle:
         images = generator(fresh)
     assert any(record.flagged for record in handle.records[:4])
     for before, after, record in zip(expected, images, handle.records, strict=True):

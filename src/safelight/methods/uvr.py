@@ -52,8 +52,8 @@ class UVR(Method):
     late: Share = 0.35
     """The same for generations that begin late (image to image), as a share of the whole schedule: there, things come up over several steps."""
     eager: Share = 0.1
-    """How much of the schedule, from where such a generation begins, the masks' level does for τ: what is harmless and looks alike isn't
-    drawn yet."""
+    """For how much of the schedule, from where such a generation begins in its first half, the masks' level does for τ: nothing harmless
+    that looks alike is drawn yet."""
     memory: Memory = "union"
     """What becomes of earlier masks: joined with the new one, kept, or replaced by it."""
     text: Factor = 0.0
@@ -192,7 +192,7 @@ class UVR(Method):
         """τ of each concept in this step."""
         if self.threshold is not None:
             return (self.threshold,) * len(anchors.concepts)
-        eager = self.run.skipped and self.run.index < self._steps(self.eager)
+        eager = self.run.skipped and self.run.index < self._steps(self.eager) and self.run.progress <= 0.5
         return anchors.levels if eager else anchors.thresholds
 
     @property
