@@ -154,6 +154,14 @@ def test_a_copy_is_as_guarded_as_the_original(made: Any) -> None:
         assert guards_of(pipe)[0].records[0].flagged
 
 
+def test_another_autoencoder_would_take_pictures_in_unseen() -> None:
+    pipe = tiny_pipeline("kontext")
+    with guard(pipe, block()):
+        pipe.vae = tiny_pipeline("kontext").vae
+        with pytest.raises(SafetyBypassed, match="autoencoder was replaced"):
+            sample(pipe, SAFE)
+
+
 # Kind 7: a guard that did not act.
 
 
