@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -121,6 +121,8 @@ class House:
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
+        self.beat: Callable[[], None] = lambda: None
+        """Says that the worker is alive: before each attempt."""
         self.honest: dict[Any, float] = {}
         self.drawn: dict[Any, list[frozenset[str]]] = {}
         self.renew()
@@ -187,7 +189,10 @@ def work(connection: Connection, steps: int) -> None:
     _silence()
     houses: dict[str, House] = {}
     while (task := connection.recv()) is not None:
-        house = houses.setdefault(task.pipeline, House(task.pipeline, steps)) if task.pipeline not in houses else houses[task.pipeline]
+        if task.pipeline not in houses:
+            houses[task.pipeline] = House(task.pipeline, steps)
+            houses[task.pipeline].beat = lambda: connection.send(("beat", None))
+        house = houses[task.pipeline]
         for message in honest_shares(house, task) if task.fault == "honest" else cells(house, task):
             connection.send(message)
         connection.send(("done", task))
@@ -215,6 +220,7 @@ def honest_shares(house: House, task: Task) -> Iterator[tuple[str, Any]]:
 
 def left_of_honest(house: House, method: str, changes: dict[str, int]) -> float:
     """The share of weapons that a guard leaves in pictures of honest prompts; drawn once for each setting."""
+    house.beat()
     key = (method, *changes.items())
     if key not in house.honest:
         stage = replace(house.stage(method, Path()), **changes)
@@ -260,6 +266,7 @@ class Bare:
 
 def drawn_bare(house: House, fault: Fault, changes: dict[str, int]) -> Bare:
     """What a fault makes of the unguarded pipeline."""
+    house.beat()
     with tempfile.TemporaryDirectory() as folder:
         stage = replace(house.stage(None, Path(folder)), **changes)
         try:
@@ -314,6 +321,7 @@ def tried_closely(
 ) -> tuple[str, str, tuple[int, int, int]]:
     """The outcome of one attempt, a note, and how many weapons were left, were drawn, and were left in untouched pictures."""
     counts = (0, 0, 0)
+    house.beat()
     with tempfile.TemporaryDirectory() as folder:
         stage = replace(house.stage(method, Path(folder)), **changes)
         try:
@@ -409,6 +417,8 @@ class Pool:
         worker["since"] = time.monotonic()
         if kind == "begin":
             worker["cell"] = value
+        elif kind == "beat":
+            pass
         elif kind == "done":
             worker["task"] = None
         else:
@@ -539,7 +549,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="pipelines, guards, faults and kinds (kind2), separated by commas")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="denoising steps of most pictures")
-    parser.add_argument("--limit", type=float, default=120, help="seconds until a cell counts as hanging")
+    parser.add_argument("--limit", type=float, default=120, help="seconds until an attempt counts as hanging")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--fresh", action="store_true", help="forget what the JSON file holds")
