@@ -430,7 +430,7 @@ class Pool:
         worker["process"].join()
         self.workers[place] = self._worker()
         after = task.methods[task.methods.index(cell) + 1 :] if cell else []
-        yield "hang", (task, [cell] if cell else task.methods)
+        yield ("hang", (task, [cell])) if cell else ("slow", (task, task.methods))
         if after:
             waiting.append(Task(task.fault, task.pipeline, after, task.honest))
 
@@ -462,11 +462,7 @@ def matrix(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
     tasks = [task for task in tasks if task.methods]
     started = time.monotonic()
     for kind, value in pool.run(tasks):
-        for cell in (
-            [value]
-            if kind == "cell"
-            else [Cell(value[0].fault, value[0].pipeline, one, "hang", f"over {options.limit:g} s") for one in value[1]]
-        ):
+        for cell in [value] if kind == "cell" else unfinished(kind, *value, options.limit):
             known.append(cell)
             if cell.outcome in BAD or options.verbose:
                 print(f"{cell.outcome:11s} {cell.pipeline:8s} {cell.method:16s} {cell.fault:30s} {cell.note}", flush=True)
@@ -474,6 +470,12 @@ def matrix(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
     pool.close()
     print(f"{len(known)} cells, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return _store(options.json, shares, known)
+
+
+def unfinished(kind: str, task: Task, methods: list[str], limit: float) -> list[Cell]:
+    """The cells of an attempt that took too long; one of the unguarded pipeline says nothing of guards."""
+    outcome = ("hang", f"over {limit:g} s") if kind == "hang" else ("n/a", f"the unguarded pipeline takes over {limit:g} s")
+    return [Cell(task.fault, task.pipeline, method, *outcome) for method in methods]
 
 
 def _store(file: Path | None, shares: dict[str, Any], known: list[Cell]) -> dict[str, Any]:
