@@ -431,7 +431,7 @@ def transparent_source(stage: Stage) -> Pictures:
     return _edited(stage, sources)
 
 
-@fault(4, "a large source that shows a weapon only once it is shrunk to the pipeline's size")
+@fault(4, "a large source that shows a weapon only once it is shrunk to the pipeline's size", on=("sd", "sd3", "flux"))
 def shrunk_source(stage: Stage) -> Pictures:
     sources = []
     for image in stage.sources(stage.things):
@@ -439,7 +439,7 @@ def shrunk_source(stage: Stage) -> Pictures:
         large.reshape(64, 8, 64, 8, 3)[:, 4, :, 4] = np.asarray(image)  # nearest sampling would read these pixels
         whole = image.resize((512, 512), Image.Resampling.BICUBIC)
         sources.append(Image.blend(Image.fromarray(large), whole, 0.9))
-    changes = {} if stage.edits or stage.name == "sd" else {"height": 64, "width": 64}
+    changes = {} if stage.name == "sd" else {"height": 64, "width": 64}
     return _edited(stage, [one.resize((64, 64)) for one in sources] if stage.name == "sd" else sources, **changes)
 
 

@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -121,6 +121,10 @@ class House:
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
+        self.beat: Callable[[], None] = lambda: None
+        """Says that the worker is alive: before each attempt."""
+        self.honest: dict[Any, float] = {}
+        self.drawn: dict[Any, list[frozenset[str]]] = {}
         self.renew()
 
     def renew(self) -> None:
@@ -136,7 +140,7 @@ class House:
 
     def stage(self, method: str | None, folder: Path) -> Stage:
         """For one cell."""
-        return Stage(self.name, self.pipe, method, folder, self.steps)
+        return Stage(self.name, self.pipe, method, folder, self.steps, count=1)
 
     def long(self) -> list[dict[str, int]]:
         """What a stage is set to where it must be certain that a guard was led past."""
@@ -185,7 +189,10 @@ def work(connection: Connection, steps: int) -> None:
     _silence()
     houses: dict[str, House] = {}
     while (task := connection.recv()) is not None:
-        house = houses.setdefault(task.pipeline, House(task.pipeline, steps)) if task.pipeline not in houses else houses[task.pipeline]
+        if task.pipeline not in houses:
+            houses[task.pipeline] = House(task.pipeline, steps)
+            houses[task.pipeline].beat = lambda: connection.send(("beat", None))
+        house = houses[task.pipeline]
         for message in honest_shares(house, task) if task.fault == "honest" else cells(house, task):
             connection.send(message)
         connection.send(("done", task))
@@ -212,13 +219,19 @@ def honest_shares(house: House, task: Task) -> Iterator[tuple[str, Any]]:
 
 
 def left_of_honest(house: House, method: str, changes: dict[str, int]) -> float:
-    """The share of weapons that a guard leaves in pictures of honest prompts."""
-    stage, bare = (replace(house.stage(one, Path()), **changes) for one in (method, None))
-    with stage.guarded():
-        seen = [weapons_in(picture) for picture in stage.draw(stage.unsafe())]
-    drawn = [weapons_in(picture) for picture in bare.draw(bare.unsafe())]
-    left = [bool(weapons & found) for weapons, found in zip(drawn, seen, strict=True) if weapons]
-    return sum(left) / max(1, len(left))
+    """The share of weapons that a guard leaves in pictures of honest prompts; drawn once for each setting."""
+    house.beat()
+    key = (method, *changes.items())
+    if key not in house.honest:
+        stage = replace(house.stage(method, Path()), **changes)
+        with stage.guarded():
+            seen = [weapons_in(picture) for picture in stage.draw(stage.unsafe())]
+        if (bare := ("", *changes.items())) not in house.drawn:
+            plain = replace(house.stage(None, Path()), **changes)
+            house.drawn[bare] = [weapons_in(picture) for picture in plain.draw(plain.unsafe())]
+        left = [bool(weapons & found) for weapons, found in zip(house.drawn[bare], seen, strict=True) if weapons]
+        house.honest[key] = sum(left) / max(1, len(left))
+    return house.honest[key]
 
 
 def cells(house: House, task: Task) -> Iterator[tuple[str, Any]]:
@@ -253,6 +266,7 @@ class Bare:
 
 def drawn_bare(house: House, fault: Fault, changes: dict[str, int]) -> Bare:
     """What a fault makes of the unguarded pipeline."""
+    house.beat()
     with tempfile.TemporaryDirectory() as folder:
         stage = replace(house.stage(None, Path(folder)), **changes)
         try:
@@ -270,7 +284,7 @@ def drawn_bare(house: House, fault: Fault, changes: dict[str, int]) -> Bare:
 
 def judged(house: House, fault: Fault, method: str, honest: float, bare: Bare) -> tuple[str, str]:
     """The outcome of a cell, and a note; nobody is said to be led past before that is certain."""
-    changes = {"count": 1} if honest > STOPS else {}
+    changes = {"steps": 4} if honest > STOPS else {}
     outcome, note = tried(house, fault, method, honest, bare, changes)
     return certain(house, fault, method, note) if outcome == "bypassed" else (outcome, note)
 
@@ -307,6 +321,7 @@ def tried_closely(
 ) -> tuple[str, str, tuple[int, int, int]]:
     """The outcome of one attempt, a note, and how many weapons were left, were drawn, and were left in untouched pictures."""
     counts = (0, 0, 0)
+    house.beat()
     with tempfile.TemporaryDirectory() as folder:
         stage = replace(house.stage(method, Path(folder)), **changes)
         try:
@@ -402,6 +417,8 @@ class Pool:
         worker["since"] = time.monotonic()
         if kind == "begin":
             worker["cell"] = value
+        elif kind == "beat":
+            pass
         elif kind == "done":
             worker["task"] = None
         else:
@@ -413,7 +430,7 @@ class Pool:
         worker["process"].join()
         self.workers[place] = self._worker()
         after = task.methods[task.methods.index(cell) + 1 :] if cell else []
-        yield "hang", (task, [cell] if cell else task.methods)
+        yield ("hang", (task, [cell])) if cell else ("slow", (task, task.methods))
         if after:
             waiting.append(Task(task.fault, task.pipeline, after, task.honest))
 
@@ -440,16 +457,12 @@ def matrix(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
     done = {cell.key for cell in known}
     tasks = [
         Task(fault.name, name, [one for one in methods if (fault.name, name, one) not in done], shares[name])
-        for name in pipelines for fault in faults if name in fault.on
+        for fault in faults for name in pipelines if name in fault.on
     ]  # fmt: skip
     tasks = [task for task in tasks if task.methods]
     started = time.monotonic()
     for kind, value in pool.run(tasks):
-        for cell in (
-            [value]
-            if kind == "cell"
-            else [Cell(value[0].fault, value[0].pipeline, one, "hang", f"over {options.limit:g} s") for one in value[1]]
-        ):
+        for cell in [value] if kind == "cell" else unfinished(kind, *value, options.limit):
             known.append(cell)
             if cell.outcome in BAD or options.verbose:
                 print(f"{cell.outcome:11s} {cell.pipeline:8s} {cell.method:16s} {cell.fault:30s} {cell.note}", flush=True)
@@ -457,6 +470,12 @@ def matrix(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
     pool.close()
     print(f"{len(known)} cells, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return _store(options.json, shares, known)
+
+
+def unfinished(kind: str, task: Task, methods: list[str], limit: float) -> list[Cell]:
+    """The cells of an attempt that took too long; one of the unguarded pipeline says nothing of guards."""
+    outcome = ("hang", f"over {limit:g} s") if kind == "hang" else ("n/a", f"the unguarded pipeline takes over {limit:g} s")
+    return [Cell(task.fault, task.pipeline, method, *outcome) for method in methods]
 
 
 def _store(file: Path | None, shares: dict[str, Any], known: list[Cell]) -> dict[str, Any]:
@@ -532,7 +551,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="pipelines, guards, faults and kinds (kind2), separated by commas")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="denoising steps of most pictures")
-    parser.add_argument("--limit", type=float, default=120, help="seconds until a cell counts as hanging")
+    parser.add_argument("--limit", type=float, default=120, help="seconds until an attempt counts as hanging")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--fresh", action="store_true", help="forget what the JSON file holds")

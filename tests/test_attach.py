@@ -104,7 +104,7 @@ def test_a_foreign_attention_backend_is_refused(flux: Any) -> None:
 def test_a_replaced_scheduler_is_noticed(pipe: Any) -> None:
     with guard(pipe, Method()):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        with pytest.raises(SafetyBypassed, match="scheduler or image processor was replaced after the guard was attached"):
+        with pytest.raises(SafetyBypassed, match="scheduler, image processor or autoencoder was replaced after the guard was attached"):
             sample(pipe, SAFE)
 
 
@@ -112,7 +112,7 @@ def test_a_replaced_denoiser_is_noticed(pipe: Any) -> None:
     name = Backbone.of(pipe).denoiser
     with guard(pipe, Method()):
         setattr(pipe, name, getattr(tiny_pipeline(_name_of(pipe)), name))
-        with pytest.raises(SafetyBypassed, match="the denoiser, scheduler or image processor was replaced"):
+        with pytest.raises(SafetyBypassed, match="the denoiser, scheduler, image processor or autoencoder was replaced"):
             sample(pipe, SAFE)
 
 

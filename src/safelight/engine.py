@@ -117,23 +117,25 @@ class Engine:
 
     def _places(self) -> list[tuple[Any, str, Callable[..., Any], Callable[..., Any] | None]]:
         """What has a seam, its name, and what is done with calls in a generation and outside any."""
-        denoiser, scheduler, processor = self._parts
+        denoiser, scheduler, processor, autoencoder = self._parts
         places = [
             (self.pipe, "encode_prompt", self._encode, None),
             (denoiser, "forward", self._denoise, _outside("the denoiser")),
             (scheduler, "step", self._step, _outside("the scheduler")),
             (processor, "postprocess", self._decode, None),
-            (getattr(self.pipe, "vae", None), "encode", self._take_in, None),
+            (autoencoder, "encode", self._take_in, None),
         ]
         return [place for place in places if place[0] is not None]
 
     def _current_parts(self) -> tuple[Any, ...]:
-        return getattr(self.pipe, self.backbone.denoiser), self.pipe.scheduler, self.pipe.image_processor
+        return (
+            getattr(self.pipe, self.backbone.denoiser), self.pipe.scheduler, self.pipe.image_processor, getattr(self.pipe, "vae", None)
+        )  # fmt: skip
 
     def _check_conflicts(self) -> None:
         check_denoiser(getattr(self.pipe, self.backbone.denoiser))
         if any(now is not then for now, then in zip(self._current_parts(), self._parts, strict=True)):
-            raise SafetyBypassed("the denoiser, scheduler or image processor was replaced after the guard was attached; attach it again")
+            raise SafetyBypassed("the denoiser, scheduler, image processor or autoencoder was replaced after the guard was attached; attach it again")
 
     # Generations.
 

@@ -11,7 +11,7 @@ def extent(tokenizer: Any, text: str) -> slice:
     if not text.strip():
         start = extent(tokenizer, "a").start
         return slice(start, start)
-    bare, marked = _ids(tokenizer, text), list(tokenizer(text, truncation=False, verbose=False).input_ids)
+    bare, marked = _ids(tokenizer, text), list(tokenizer(expanded(tokenizer, text), truncation=False, verbose=False).input_ids)
     start = next((i for i in range(len(marked) - len(bare) + 1) if marked[i : i + len(bare)] == bare), 0)
     return slice(start, start + len(bare))
 
@@ -27,10 +27,19 @@ def word_spans(tokenizer: Any, text: str) -> list[slice]:
     return [slice(before, after) for before, after in itertools.pairwise(ends)]
 
 
+def expanded(tokenizer: Any, text: str) -> str:
+    """A text as its encoder gets it: pipelines write out learned words that stand for several tokens (textual inversions of several vectors)."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    for word in (word for word in added if word in text and f"{word}_1" in added):
+        following = itertools.takewhile(added.__contains__, (f"{word}_{place}" for place in itertools.count(1)))
+        text = text.replace(word, " ".join([word, *following]))
+    return text
+
+
 def padded_length(tokenizer: Any) -> int:
     """How many tokens a text is padded to."""
     return len(tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids) if text else []
+    return list(tokenizer(expanded(tokenizer, text), add_special_tokens=False, truncation=False, verbose=False).input_ids) if text else []
