@@ -135,7 +135,9 @@ class Engine:
     def _check_conflicts(self) -> None:
         check_denoiser(getattr(self.pipe, self.backbone.denoiser))
         if any(now is not then for now, then in zip(self._current_parts(), self._parts, strict=True)):
-            raise SafetyBypassed("the denoiser, scheduler, image processor or autoencoder was replaced after the guard was attached; attach it again")
+            raise SafetyBypassed(
+                "the denoiser, scheduler, image processor or autoencoder was replaced after the guard was attached; attach it again"
+            )
 
     # Generations.
 
