@@ -52,7 +52,7 @@ def test_what_nobody_recommends_is_refused_with_a_remedy() -> None:
 
 def test_a_model_of_ones_own_gets_what_was_made_for_it(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sd")
-    with pytest.raises(ArtefactError, match=r"holds no bundle of post_filter, dual_latent, saferedir"):
+    with pytest.raises(ArtefactError, match=r"holds no bundle of pre_filter, post_filter, dual_latent, saferedir"):
         recommended(pipe, "weapons", artefacts=tmp_path)
     (made,) = build(["dual_latent"], "testbed/sd")
     save(tmp_path / "weapons" / "dual_latent", made)

@@ -56,7 +56,7 @@ def describe(name: str, as_json: Json = False) -> None:
 
 def _field(field: Any) -> dict[str, Any]:
     default = field.default if isinstance(field.default, (int, float, str, bool, type(None))) else str(field.default)
-    return {**vars(field), "default": default, "choices": list(field.choices)}
+    return {name: value for name, value in vars(field).items() if name != "of"} | {"default": default, "choices": list(field.choices)}
 
 
 @app.command()
